@@ -1,0 +1,5 @@
+"""`python -m fourm` is `fourm`."""
+
+from fourm.cli import main
+
+main()

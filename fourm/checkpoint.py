@@ -1,0 +1,194 @@
+"""Checkpoints as folders that are whole or not there: tensors as safetensors, the rest as JSON, no pickle.
+
+`checkpoint-<step>/` holds `<name>.safetensors` per group of tensors, `state.json`, further text files, and
+`manifest.json` with the size and SHA-256 of each. It is written under another name, flushed to disk and renamed, the
+manifest last, so a run may die at any moment: a folder without a manifest that agrees with its files does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds: groups of tensors (on the CPU) by file name, and plain state."""
+
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save(
+    folder: str | Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    files: Mapping[str, str] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Writes `folder/checkpoint-<step>`, then removes all but the `keep` newest complete checkpoints.
+
+    Args:
+        folder: The run's folder.
+        step: Number of the checkpoint; one of the same step is replaced.
+        tensors: Groups of named tensors, one safetensors file per group.
+        state: Anything JSON can hold; floats return bit for bit.
+        files: Further text files by name, such as the model's `config.json`.
+        keep: How many checkpoints to leave; 0 leaves all.
+
+    Raises:
+        OSError: The disk is full or broken; earlier checkpoints are untouched.
+    """
+    folder = Path(folder)
+    final, aside = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".checkpoint-*"):
+        shutil.rmtree(leftover)
+    aside.mkdir()
+    try:
+        for name, group in tensors.items():
+            save_file(_unshared(group), aside / f"{name}.safetensors", metadata={"format": "pt"})
+        for name, text in {"state.json": json.dumps(state, indent=1), **(files or {})}.items():
+            (aside / name).write_text(text)
+        manifest = {path.name: _fingerprint(path) for path in sorted(aside.iterdir())}
+        for name in manifest:
+            _flush(aside / name)
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _flush(aside / MANIFEST)
+        _flush(aside)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if final.exists():
+        final.rename(folder / f".checkpoint-{step}.replaced")
+    aside.rename(final)
+    _flush(folder)
+    _rotate(folder, keep)
+    return final
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run, found by looking at the files themselves; names the ones it skips."""
+    for path in reversed(_checkpoints(Path(folder))):
+        damage = _damage(path)
+        if damage is None:
+            return path
+        warnings.warn(f"{path} is not a complete checkpoint ({damage}), looking for an older one", stacklevel=2)
+    return None
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Reads a checkpoint folder.
+
+    Raises:
+        ValueError: A file is missing, cut short or altered.
+    """
+    path = Path(path)
+    damage = _damage(path)
+    if damage is not None:
+        raise ValueError(f"{path} is not a complete checkpoint: {damage}")
+    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    return Checkpoint(path, tensors, json.loads((path / "state.json").read_text()))
+
+
+def resolve(path_or_id: str | Path) -> Path:
+    """A local folder for a path or a Hugging Face hub id `owner/name[@revision]`, downloaded once.
+
+    Raises:
+        ValueError: Neither a folder nor a reachable repository.
+    """
+    path = Path(path_or_id)
+    if path.exists():
+        return path
+    repository, _, revision = str(path_or_id).partition("@")
+    if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", repository):
+        raise ValueError(f"{path_or_id} is neither an existing folder nor a hub id such as 'owner/name'")
+    wanted = ["*.json", "*.safetensors", "*.yaml", "*.md"]
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+    except Exception as error:  # the hub client raises many unrelated types
+        raise ValueError(f"{path_or_id} is not a folder here, and the hub does not give it: {error}") from error
+
+
+def push(folder: str | Path, repository: str, private: bool = True) -> str:
+    """Uploads a folder to the Hugging Face hub as `owner/name`; returns the address of the commit."""
+    api = HfApi()
+    api.create_repo(repository, private=private, exist_ok=True)
+    return api.upload_folder(repo_id=repository, folder_path=str(folder)).commit_url
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first, complete or not."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            if (path / name).stat().st_size != expected["bytes"]:
+                return f"{name} is cut short"
+            if _fingerprint(path / name) != expected:
+                return f"{name} was altered"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not readable"
+    return None if "state.json" in manifest else f"{MANIFEST} does not list state.json"
+
+
+def _rotate(folder: Path, keep: int) -> None:
+    complete = [path for path in _checkpoints(folder) if (path / MANIFEST).exists()]
+    for path in complete[:-keep] if keep else []:
+        hidden = folder / f".{path.name}.removed"  # renamed first, so that no half-removed one is ever found
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+    for leftover in folder.glob(".checkpoint-*.replaced"):
+        shutil.rmtree(leftover)
+
+
+def _unshared(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors ready for safetensors, which stores every name on its own: tied ones become copies."""
+    seen: set[int] = set()
+    ready = {}
+    for name, tensor in group.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        ready[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return ready
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

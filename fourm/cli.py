@@ -1,0 +1,70 @@
+"""`fourm <verb> --config FILE --key value`: finds the verb, reads its config, runs it.
+
+A verb is a module in `fourm/verbs` with a dataclass `Config` and a function `run(config)`. It is imported when called,
+so that `fourm --help` is instant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+VERBS = {
+    "run": "run a list of commands as one; only what is not done yet",
+    "data": "build the built-in data set",
+    "text-tokenizer": "fit the text tokenizers of captions and structured modalities",
+    "tokenizer": "train an image tokenizer and measure it",
+    "tokenize": "turn raw shards into token shards",
+    "train": "train an any-to-any model on token shards",
+    "generate": "generate modalities from others and save pictures",
+    "evaluate": "measure a model: any-to-any matrix, tasks, tokenizers",
+    "report": "write the page that people look at",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one verb. A wrong command line ends with one line that says what is allowed, and exit status 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        verbs = "\n".join(f"  {verb:<16}{text}" for verb, text in VERBS.items())
+        print(f"usage: fourm VERB [--config FILE] [--key value ...]\n\n{verbs}\n\nfourm VERB --help lists its keys.")
+        return
+    verb, *options = words
+    if verb not in VERBS:
+        _refuse(f"fourm: there is no verb {verb!r}{_nearest([verb], VERBS)}; allowed are {', '.join(VERBS)}")
+    module = importlib.import_module(f"fourm.verbs.{verb.replace('-', '_')}")
+    module.run(read(module.Config, options, verb))
+
+
+def read(config: Any, options: Sequence[str], verb: str = "") -> Any:
+    """A verb's `Config` from `--config` files and `--key value` options, the later ones winning."""
+    parser = ArgumentParser(prog=f"fourm {verb}", description=VERBS.get(verb), exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    parser.add_class_arguments(config, as_group=False)
+    try:
+        values = parser.instantiate(parser.parse_args(list(options)))
+    except ArgumentError as error:
+        known = [key for action in parser._actions for key in (action.dest, action.dest.rpartition(".")[2])]
+        given = [word.removeprefix("--") for word in re.findall(r"--[\w.]+|(?<=')[\w.]+(?=')", str(error))]
+        _refuse(f"fourm {verb}: {error}{_nearest([word for word in given if word not in known], known)}")
+    values.pop("config")
+    return config(**values)
+
+
+def _nearest(given: Sequence[str], allowed: Any) -> str:
+    for word in given:
+        close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+        if close:
+            return f" (did you mean {close[0]!r}?)"
+    return ""
+
+
+def _refuse(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(2)

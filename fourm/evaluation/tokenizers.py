@@ -1,0 +1,108 @@
+"""What a tokenizer loses: its reconstructions in the modality's own units, and how much of its codebook it uses.
+
+The reconstruction figure is also the bound of any model that predicts these tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fourm.evaluation.metrics import SCORES, codebook, key
+from fourm.tokenization.autoencoder import ImageTokenizer
+from fourm.tokenization.text import TextTokenizer
+
+
+@torch.inference_mode()
+def reconstruct(tokenizer: ImageTokenizer, pictures: np.ndarray, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes and decodes raw pictures (B, H, W, ...): the decoded ones in raw units, and the ids (B, n)."""
+    decoded, ids = [], []
+    for start in range(0, len(pictures), batch_size):
+        ids.append(tokenizer.encode(pictures[start : start + batch_size]))
+        decoded.append(tokenizer.decode(ids[-1]))
+    return np.concatenate(decoded), torch.cat(ids).cpu().numpy()
+
+
+def score(
+    tokenizer: ImageTokenizer, prediction: np.ndarray, truth: np.ndarray, where: np.ndarray | None = None
+) -> dict[str, float]:
+    """Figures of a prediction by the kind of the tokenizer's input (`SCORES`), under their plain names.
+
+    Args:
+        tokenizer: Says the kind and the classes.
+        prediction: (B, H, W, ...) raw pictures.
+        truth: As `prediction`.
+        where: (B, H, W) bool, the pixels that count; default: all.
+    """
+    settings = tokenizer.config.input
+    if settings.values:  # raw values such as 0 and 255 to class numbers
+        number = np.zeros(max(settings.values) + 1, dtype=np.int64)
+        number[list(settings.values)] = range(settings.classes)
+        prediction, truth = number[prediction], number[truth]
+    return SCORES[settings.kind](prediction, truth, where, settings.classes)
+
+
+def unit(tokenizer: ImageTokenizer) -> str:
+    """Unit of a field as it stands in the name of a figure."""
+    units = tokenizer.config.input.units
+    return {"metres": "m", "degrees": "deg"}.get(units, re.sub(r"\W+", "_", units.lower()))
+
+
+def raw_values(dataset: Any, modality: str, n: int, seed: int = 0) -> list[Any]:
+    """Raw values of n random samples (all, where there are fewer) that hold the modality."""
+    chosen: list[Any] = []
+    for index in np.random.default_rng(seed).permutation(len(dataset)):
+        sample = dataset[int(index)]
+        if modality in sample:
+            chosen.append(sample[modality])
+        if len(chosen) == n:
+            break
+    if not chosen:
+        raise ValueError(f"none of the {len(dataset)} samples holds the modality {modality!r}")
+    return chosen
+
+
+def evaluate_tokenizer(tokenizer: Any, dataset: Any, modality: str, n: int = 512, seed: int = 0) -> dict[str, float]:
+    """Figures of one tokenizer on held-out data.
+
+    Args:
+        tokenizer: `ImageTokenizer` or `TextTokenizer`.
+        dataset: `ShardDataset` of the raw test split.
+        modality: Raw modality that the tokenizer belongs to.
+        n: Samples.
+        seed: Of their choice.
+
+    Returns:
+        `codebook_use` (share of codes that occur), `perplexity`, `vocab_size`, and for images the reconstruction in
+        the modality's own unit (`psnr` and `ssim`, `mae_<unit>` and `delta1`, `mean_angle_deg`, `accuracy` and
+        `miou`), for text `round_trip` (share of values that a second trip leaves as the first one did),
+        `unknown_share`, `tokens_mean` and `tokens_max`.
+
+    Raises:
+        ValueError: No sample holds the modality.
+    """
+    values = raw_values(dataset, modality, n, seed)
+    if isinstance(tokenizer, TextTokenizer):
+        return _text_figures(tokenizer, values)
+    truth = np.stack(values)
+    decoded, ids = reconstruct(tokenizer, truth)
+    figures = {key(name, "", unit(tokenizer)): value for name, value in score(tokenizer, decoded, truth).items()}
+    return codebook(ids, tokenizer.vocab_size) | figures
+
+
+def _text_figures(tokenizer: Any, values: Sequence[Any]) -> dict[str, float]:
+    sequences = tokenizer.encode(values)
+    once = tokenizer.decode(sequences)
+    twice = tokenizer.decode(tokenizer.encode(once))
+    ids = np.concatenate(sequences)
+    lengths = [len(sequence) for sequence in sequences]
+    return codebook(ids, tokenizer.vocab_size) | {
+        "round_trip": float(np.mean([first == second for first, second in zip(once, twice, strict=True)])),
+        "unknown_share": float((ids == 1).mean()),
+        "tokens_mean": float(np.mean(lengths)),
+        "tokens_max": float(max(lengths)),
+    }

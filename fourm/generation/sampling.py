@@ -1,0 +1,87 @@
+"""From logits to ids: top-k, top-p, temperature, and one draw a row.
+
+Filters work on a short list of the likeliest ids, so that the whole vocabulary is sorted only where a distribution is
+so flat that nothing less will do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SHORTLIST = 256
+
+
+def shortlist(logits: Tensor, top_k: int | float = 0, top_p: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The ids that survive the filters, likeliest first. Top-k comes before top-p.
+
+    Args:
+        logits: (K, V) float32.
+        top_k: How many ids stay (int) or which fraction of the vocabulary (float, at least one id); 0: all.
+        top_p: The likeliest ids that reach this probability stay, the one that crosses it included; 0 or 1: all.
+
+    Returns:
+        Logits (K, C) in falling order, -inf where top-p removed an id, and their ids (K, C).
+    """
+    size = logits.shape[-1]
+    wanted = int(top_k * size) if isinstance(top_k, float) else top_k
+    allowed = min(max(1, wanted), size) if top_k > 0 else size
+    if not 0 < top_p < 1:
+        values, ids = logits.topk(allowed, dim=-1)
+        return values, ids
+
+    length = min(SHORTLIST, allowed)
+    while True:
+        values, ids = logits.topk(length, dim=-1)
+        # Probabilities are those among the `allowed` ids, of which `values` may be only the head.
+        everything = values if allowed < size and length == allowed else logits
+        if length < allowed < size:
+            everything = logits.topk(allowed, dim=-1).values
+        probability = (values - everything.logsumexp(-1, keepdim=True)).exp()
+        before = probability.cumsum(-1) - probability
+        if length == allowed or bool((before[:, -1] > top_p).all()):
+            return values.masked_fill(before > top_p, -torch.inf), ids
+        length = min(8 * length, allowed)
+
+
+def draw(probability: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draws one column of each row: (K, C) -> (K,)."""
+    return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | float = 0,
+    top_p: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Filters, tempers and draws.
+
+    Where only one outcome is possible (temperature 0 or top_k 1) the probability is the one the model gives it among
+    all ids: otherwise all confidences would be 1 and MaskGIT would keep arbitrary positions.
+
+    Args:
+        logits: (K, V).
+        temperature: Divides the filtered logits; below 1e-10 the likeliest id is taken.
+        top_k: See `shortlist`.
+        top_p: See `shortlist`.
+        generator: Where randomness comes from, on the device of the logits.
+
+    Returns:
+        Ids (K,) and their probabilities (K,) in the distribution they were drawn from.
+    """
+    logits = logits.float()
+    if temperature < 1e-10 or (top_k == 1 and isinstance(top_k, int)):
+        value, ids = logits.max(-1)
+        return ids, (value - logits.logsumexp(-1)).exp()
+    if not top_k and not 0 < top_p < 1:
+        probability = (logits / temperature).softmax(-1)
+        column = draw(probability, generator)
+        ids = column
+    else:
+        values, candidates = shortlist(logits, top_k, top_p)
+        probability = (values / temperature).softmax(-1)
+        column = draw(probability, generator)
+        ids = candidates.gather(-1, column[:, None]).squeeze(-1)
+    return ids, probability.gather(-1, column[:, None]).squeeze(-1)

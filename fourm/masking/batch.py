@@ -1,0 +1,187 @@
+"""The one packed batch that travels from masking to loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fourm.modalities import TokenSpace
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """Tokens that are given and tokens that are asked, for B rows.
+
+    B rows, N encoder slots, M decoder slots, K kept tokens of one continuous modality. Token ids are rows of the one
+    token table and positions rows of the one position table (`TokenSpace`), so that the model needs one gather per
+    table. Empty slots have `mod` and `sample` -1 and zeros elsewhere.
+
+    Attributes:
+        ids: (B, N) int64, rows of the token table; 0 where the token is continuous.
+        pos: (B, N) int64, rows of the position table.
+        mod: (B, N) int64, modality number.
+        sample: (B, N) int64, which of the samples packed into this row the token belongs to (0 if not packed).
+        target_in: (B, M) int64, row of the token table the decoder is fed (text), or -1 for the mask token (grid).
+        target: (B, M) int64, row of the token table to predict.
+        target_pos: (B, M) int64, rows of the position table.
+        target_mod: (B, M) int64, modality number.
+        target_sample: (B, M) int64, as `sample`.
+        rows: Per continuous modality its kept tokens, (K, width) float32.
+        slots: Per continuous modality where they go in the flattened (B * N) inputs, (K,) int64.
+        keys: Names of the samples, in the order of the rows.
+    """
+
+    ids: Tensor
+    pos: Tensor
+    mod: Tensor
+    sample: Tensor
+    target_in: Tensor
+    target: Tensor
+    target_pos: Tensor
+    target_mod: Tensor
+    target_sample: Tensor
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    slots: dict[str, Tensor] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
+
+    def _map(self, change: Any) -> MaskedBatch:
+        changed: dict[str, Any] = {}
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Tensor):
+                changed[entry.name] = change(value)
+            elif isinstance(value, dict):
+                changed[entry.name] = {name: change(tensor) for name, tensor in value.items()}
+            else:
+                changed[entry.name] = value
+        return MaskedBatch(**changed)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskedBatch:
+        """The same batch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> MaskedBatch:
+        """The same batch in page-locked memory, for fast copies to a GPU."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def input_tokens(self) -> int:
+        """Encoder slots that hold a token."""
+        return int((self.mod >= 0).sum())
+
+    @property
+    def target_tokens(self) -> int:
+        """Decoder slots that hold a token."""
+        return int((self.target_mod >= 0).sum())
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a batch as one flat list; per token, in arrays (T,):
+
+    Attributes:
+        row: Number of the sample in the batch.
+        mod: Modality number.
+        pos: Position within the modality, from 0.
+        ids: Id within the vocabulary of the modality (to predict, in a list of targets); 0 for continuous ones.
+        fed: Id that the decoder is fed, or -1 for the mask token; -1 everywhere if left out.
+    """
+
+    row: np.ndarray
+    mod: np.ndarray
+    pos: np.ndarray
+    ids: np.ndarray
+    fed: np.ndarray | None = None
+
+    @classmethod
+    def join(cls, lists: Sequence[Tokens]) -> Tokens:
+        """Lists end to end."""
+        fed = [np.full(len(part.row), -1) if part.fed is None else part.fed for part in lists]
+        return cls(
+            row=np.concatenate([part.row for part in lists]),
+            mod=np.concatenate([part.mod for part in lists]),
+            pos=np.concatenate([part.pos for part in lists]),
+            ids=np.concatenate([part.ids for part in lists]),
+            fed=np.concatenate(fed),
+        )
+
+
+def place(space: TokenSpace, tokens: Tokens, rows: int, width: int | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Lays tokens out in rows, by modality number and, within a modality, in the order they come in.
+
+    Args:
+        space: The modality table.
+        tokens: T tokens.
+        rows: B.
+        width: Slots of a row; None for as many as the fullest row needs (at least one).
+
+    Returns:
+        `ids`, `pos`, `mod`, `sample` and `fed`, each (B, width) int64, and the flat slot of each token (T,) int64.
+    """
+    order = np.argsort(tokens.row * len(space) + tokens.mod, kind="stable")
+    row = tokens.row[order]
+    count = np.bincount(row, minlength=rows)
+    width = max(1, int(count.max(initial=0))) if width is None else width
+    assert count.max(initial=0) <= width, "more tokens in a row than slots"
+    slot = np.empty(len(order), dtype=np.int64)
+    slot[order] = row * width + np.arange(len(row)) - (np.cumsum(count) - count)[row]
+
+    fed = np.full(len(slot), -1) if tokens.fed is None else tokens.fed
+    columns = {
+        "ids": (0, tokens.ids + space.vocab_offset[tokens.mod]),
+        "pos": (0, tokens.pos + space.position_offset[tokens.mod]),
+        "mod": (-1, tokens.mod),
+        "sample": (-1, 0),
+        "fed": (0, np.where(fed < 0, -1, fed + space.vocab_offset[tokens.mod])),
+    }
+    laid_out = {}
+    for name, (empty, values) in columns.items():
+        laid_out[name] = np.full(rows * width, empty, dtype=np.int64)
+        laid_out[name][slot] = values
+    return {name: values.reshape(rows, width) for name, values in laid_out.items()}, slot
+
+
+def assemble(
+    space: TokenSpace,
+    keys: tuple[str, ...],
+    inputs: Tokens,
+    targets: Tokens,
+    contents: Mapping[str, np.ndarray],
+    widths: tuple[int | None, int | None] = (None, None),
+) -> MaskedBatch:
+    """Builds the batch of B samples out of flat lists of tokens.
+
+    Args:
+        space: The modality table.
+        keys: Names of the B samples.
+        inputs: Tokens that are given.
+        targets: Tokens that are asked.
+        contents: Per continuous modality its vectors (K, width), in the order of its tokens in `inputs`.
+        widths: Slots N and M; None for as many as the fullest row needs.
+    """
+    given, slot = place(space, inputs, len(keys), widths[0])
+    asked, _ = place(space, targets, len(keys), widths[1])
+    tensor = torch.from_numpy
+    return MaskedBatch(
+        ids=tensor(given["ids"]),
+        pos=tensor(given["pos"]),
+        mod=tensor(given["mod"]),
+        sample=tensor(given["sample"]),
+        target_in=tensor(asked["fed"]),
+        target=tensor(asked["ids"]),
+        target_pos=tensor(asked["pos"]),
+        target_mod=tensor(asked["mod"]),
+        target_sample=tensor(asked["sample"]),
+        rows={name: tensor(np.ascontiguousarray(rows, dtype=np.float32)) for name, rows in contents.items()},
+        slots={name: tensor(slot[inputs.mod == space.number[name]]) for name in contents},
+        keys=keys,
+    )

@@ -1,0 +1,260 @@
+"""4M's masked encoder-decoder over one token space (Mizrahi et al. 2023, section 2).
+
+Notable:
+* tokens are selected before they are embedded: the model sees the kept tokens only, never whole modalities;
+* one token table, one position table, one modality table a side, whatever the number of modalities;
+* decoder tokens see the other tokens of their own modality (all of them in a grid, earlier ones in a text) and every
+  encoder token, nothing else; several samples may share a row and never see each other;
+* the context is the projected encoder output plus the encoder's position and modality embeddings again;
+* a sample without inputs sees one empty slot, so "given nothing" is an ordinary input;
+* the head is tied to the decoder's token table, and a token is only scored within its modality's vocabulary.
+
+B rows, N encoder slots, M decoder slots, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fourm.checkpoint import resolve
+from fourm.masking.batch import MaskedBatch
+from fourm.modalities import TokenSpace
+from fourm.model.config import FourMConfig
+from fourm.model.embeddings import Embeddings
+from fourm.model.layers import DecoderBlock, DecoderState, EncoderBlock, LayerNorm
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the decoder may look at: `hidden` (B, N + 1, D) and the `sample` (B, N + 1) each slot belongs to."""
+
+    hidden: Tensor
+    sample: Tensor
+
+    def select(self, rows: Tensor) -> Context:
+        """These rows (R,), also repeated ones."""
+        return Context(self.hidden[rows], self.sample[rows])
+
+
+@dataclass
+class DecoderCache:
+    """What is remembered while a text is decoded token by token: a state per block, and the cross-attention mask."""
+
+    states: list[DecoderState]
+    mask: Tensor  # (B, 1, 1, N + 1)
+    step: int = 0
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows (R,) of the batch."""
+        for state in self.states:
+            state.select(rows)
+        self.mask = self.mask[rows]
+
+
+class FourM(nn.Module):
+    """Any-to-any masked model over the modalities of a `TokenSpace`."""
+
+    is_grid: Tensor
+    encoder: Sequence[EncoderBlock]
+    decoder: Sequence[DecoderBlock]
+
+    def __init__(self, config: FourMConfig, space: TokenSpace):
+        super().__init__()
+        self.config, self.space = config, space
+        dim = config.dim
+        self.encoder_embeddings = Embeddings(space, dim, continuous=True)
+        self.decoder_embeddings = Embeddings(space, dim, continuous=False)
+        if config.share_modality_embeddings:
+            self.decoder_embeddings.modality = self.encoder_embeddings.modality
+        self.mask_token = nn.Parameter(torch.empty(dim))
+        self.register_tokens = nn.Parameter(torch.empty(config.registers, dim)) if config.registers else None
+        rates = _ramp(config.drop_path, config.encoder_depth)
+        self.encoder = nn.ModuleList(EncoderBlock(config, rate) for rate in rates)  # type: ignore[assignment]
+        self.encoder_norm = LayerNorm(dim, config.norm_bias)
+        self.decoder_proj_context = nn.Linear(dim, dim)
+        rates = _ramp(config.drop_path, config.decoder_depth)
+        self.decoder = nn.ModuleList(DecoderBlock(config, rate) for rate in rates)  # type: ignore[assignment]
+        self.decoder_norm = LayerNorm(dim, config.norm_bias)
+        self.to_logits = None if config.tied_head else nn.Linear(dim, space.vocab_size, bias=False)
+        is_grid = torch.from_numpy(np.append(space.is_grid, True))  # the last entry answers for empty slots (-1)
+        self.register_buffer("is_grid", is_grid, persistent=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialises every parameter (4M's scheme): Xavier for matrices, each packed projection as its own matrix."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                packed = {"qkv": 3, "kv": 2}.get(name.rsplit(".", 1)[-1], 1)
+                bound = (6 / (module.out_features / packed + module.in_features)) ** 0.5
+                nn.init.uniform_(module.weight, -bound, bound)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for side in (self.encoder_embeddings, self.decoder_embeddings):
+            nn.init.normal_(side.tokens.weight, std=0.02)
+            nn.init.normal_(side.modality, std=0.02)
+            if side.learned_positions is not None:
+                nn.init.normal_(side.learned_positions, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=0.02)
+
+    def encode(self, batch: MaskedBatch) -> Context:
+        """Runs the encoder over the given tokens. One empty slot is added at the end of every row."""
+        side = self.encoder_embeddings
+        place = side.place(batch.pos, batch.mod)
+        x = side.content(batch.ids, batch.mod, batch.rows, batch.slots) + place
+        sample = batch.sample
+        if self.register_tokens is not None:
+            if (sample > 0).any():
+                raise ValueError(
+                    "rows hold several packed samples, which register tokens would mix; use one of the two"
+                )
+            registers = self.register_tokens.expand(x.shape[0], -1, -1)
+            x, place = torch.cat([registers, x], 1), torch.cat([torch.zeros_like(registers), place], 1)
+            sample = F.pad(sample, (self.config.registers, 0), value=0)
+        x, place, sample = F.pad(x, (0, 0, 0, 1)), F.pad(place, (0, 0, 0, 1)), F.pad(sample, (0, 1), value=-1)
+        mask = sample[:, None, :, None] == sample[:, None, None, :]  # (B, 1, N, N)
+        for block in self.encoder:
+            x = block(x, mask)
+        return Context(self.decoder_proj_context(self.encoder_norm(x)) + place, sample)
+
+    def decode(self, batch: MaskedBatch, context: Context) -> Tensor:
+        """Runs the decoder over the asked tokens: (B, M, D)."""
+        side, sample, mod = self.decoder_embeddings, batch.target_sample, batch.target_mod
+        fed = side.tokens(batch.target_in.clamp(min=0))
+        x = torch.where((batch.target_in < 0).unsqueeze(-1), self.mask_token.to(fed.dtype), fed)
+        x = x * (mod >= 0).unsqueeze(-1) + side.place(batch.target_pos, mod)
+        causal = torch.ones(mod.shape[1], mod.shape[1], dtype=torch.bool, device=mod.device).tril()
+        mask = (sample[:, :, None] == sample[:, None, :]) & (mod[:, :, None] == mod[:, None, :])
+        mask &= self.is_grid[mod][:, :, None] | causal
+        cross = _cross_mask(sample, context.sample)
+        for block in self.decoder:
+            x = block(x, context.hidden, mask[:, None], cross[:, None])
+        return self.decoder_norm(x)
+
+    def forward(self, batch: MaskedBatch) -> Tensor:
+        """Hidden states of the asked tokens, (B, M, D)."""
+        return self.decode(batch, self.encode(batch))
+
+    def logits(self, hidden: Tensor, name: str) -> Tensor:
+        """(..., D) -> (..., vocab_size of the modality): scores of the modality's own ids."""
+        head = self.decoder_embeddings.tokens if self.to_logits is None else self.to_logits
+        return F.linear(hidden, head.weight[self.space.vocabulary(name)])
+
+    def counts(self, batch: MaskedBatch) -> Tensor:
+        """Asked tokens per modality, (number of modalities,): the denominators of the loss."""
+        return torch.bincount(batch.target_mod.flatten() + 1, minlength=len(self.space) + 1)[1:].float()
+
+    def loss(self, batch: MaskedBatch, counts: Tensor | None = None, kind: str = "mod") -> dict[str, Tensor]:
+        """Cross-entropy of the asked tokens, in nats.
+
+        Args:
+            batch: What is given and asked.
+            counts: Denominators per modality, of all the batches that make one step; default: of this batch.
+            kind: `mod`, the mean over predictable modalities of each one's mean, where one without tokens counts as 0
+                (4M's recipes), or `token`, the mean over tokens.
+
+        Returns:
+            `loss`, and `loss/<modality>` for each modality asked in this batch: its part of the mean.
+        """
+        if kind not in ("mod", "token"):
+            raise ValueError(f"loss is {kind!r}, allowed are 'mod' and 'token'")
+        here = self.counts(batch)
+        counts = here if counts is None else counts
+        sums = {
+            name: F.cross_entropy(scores.float(), ids, reduction="sum")
+            for name, scores, ids, _ in self._scores(batch, self(batch))
+        }
+        means = {name: total / counts[self.space.number[name]] for name, total in sums.items()}
+        zero = 0.0 * self.mask_token.sum()  # keeps the graph where nothing is asked
+        if kind == "mod":
+            loss = sum(means.values(), zero) / len(self.space.outputs())
+        else:
+            loss = sum(sums.values(), zero) / counts.sum().clamp(min=1)
+        return {"loss": loss} | {f"loss/{name}": mean.detach() for name, mean in means.items()}
+
+    @torch.no_grad()
+    def token_nll(self, batch: MaskedBatch, context: Context | None = None) -> Tensor:
+        """Nats of every asked token, (B, M); 0 where the slot is empty. A `context` made before spares the encoder."""
+        hidden = self.decode(batch, self.encode(batch) if context is None else context)
+        nll = hidden.new_zeros(batch.target.numel())
+        for _, scores, ids, where in self._scores(batch, hidden):
+            nll[where] = F.cross_entropy(scores.float(), ids, reduction="none")
+        return nll.view(batch.target.shape)
+
+    def _scores(self, batch: MaskedBatch, hidden: Tensor) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """Sorts the asked tokens by modality once; yields (name, logits, ids within its vocabulary, places)."""
+        mod = batch.target_mod.flatten()
+        order = mod.argsort(stable=True)
+        ends = torch.bincount(mod + 1, minlength=len(self.space) + 1).cumsum(0).tolist()
+        flat, ids = hidden.flatten(0, 1), batch.target.flatten()
+        for name, start, end in zip(self.space.names, ends[:-1], ends[1:], strict=True):
+            if end > start:
+                where = order[start:end]
+                yield name, self.logits(flat[where], name), ids[where] - self.space.vocabulary(name).start, where
+
+    def start_decoding(self, context: Context, length: int) -> DecoderCache:
+        """Prepares to decode one text of at most `length` tokens per row of the context (sample 0 of each row)."""
+        states = [DecoderState(*block.project_context(context.hidden), length) for block in self.decoder]
+        first = torch.zeros_like(context.sample[:, :1])
+        return DecoderCache(states, _cross_mask(first, context.sample)[:, None])
+
+    def decode_next(self, ids: Tensor, pos: Tensor, mod: Tensor, cache: DecoderCache) -> Tensor:
+        """Feeds one more token per row ((B,) rows of the tables, modality numbers); hidden states (B, D)."""
+        side = self.decoder_embeddings
+        x = (side.tokens(ids) + side.place(pos, mod))[:, None]
+        for block, state in zip(self.decoder, cache.states, strict=True):
+            x = block.step(x, state, cache.step, cache.mask)
+        cache.step += 1
+        return self.decoder_norm(x)[:, 0]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors`, all that `from_pretrained` needs."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        card = {"model": dataclasses.asdict(self.config), "modalities": self.space.to_dict()}
+        (folder / "config.json").write_text(json.dumps(card, indent=2) + "\n")
+        save_file(self.unique_state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+    def unique_state_dict(self) -> dict[str, Tensor]:
+        """The state dict, with shared tensors under their first name only."""
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        if self.config.share_modality_embeddings:
+            state.pop("decoder_embeddings.modality")
+        return state
+
+    def load_unique_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Inverse of `unique_state_dict`; missing, unexpected or misshapen tensors are errors."""
+        if self.config.share_modality_embeddings:
+            state = state | {"decoder_embeddings.modality": state["encoder_embeddings.modality"]}
+        self.load_state_dict(state)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> FourM:
+        """Loads a model from a folder or a Hugging Face hub id."""
+        folder = resolve(path)
+        card = json.loads((folder / "config.json").read_text())
+        model = cls(FourMConfig(**card["model"]), TokenSpace.from_dict(card["modalities"]))
+        model.load_unique_state_dict(load_file(folder / "model.safetensors"))
+        return model.eval()
+
+
+def _ramp(last: float, depth: int) -> list[float]:
+    """Drop-path rates of `depth` blocks, rising linearly from 0."""
+    return np.linspace(0, last, depth).tolist()
+
+
+def _cross_mask(sample: Tensor, context_sample: Tensor) -> Tensor:
+    """(B, M), (B, N) -> (B, M, N): tokens see their own sample; one without inputs sees the empty slots."""
+    own = sample[:, :, None] == context_sample[:, None, :]
+    return torch.where(own.any(-1, keepdim=True), own, context_sample[:, None, :] < 0)

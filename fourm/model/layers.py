@@ -1,0 +1,182 @@
+"""Blocks of the encoder-decoder, leaf to root. Attribute names are those of 4M checkpoints.
+
+B rows, N query tokens, K key tokens, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from fourm.model.config import FourMConfig
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with eps 1e-6 whose bias can be switched off; the state dict holds a zero bias either way."""
+
+    bias: Tensor
+
+    def __init__(self, dim: int, bias: bool):
+        super().__init__()
+        self.dim = dim
+        self.weight = nn.Parameter(torch.ones(dim))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(dim))
+        else:
+            self.register_buffer("bias", torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last axis, in float32 under autocast."""
+        return F.layer_norm(x, (self.dim,), self.weight, self.bias, eps=1e-6)
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """(B, N, parts * D) -> `parts` tensors (B, H, N, D / H)."""
+    batch, length, width = x.shape
+    return x.view(batch, length, parts, heads, width // (parts * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, D / H) -> (B, N, D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+class HeadNorm(nn.Module):
+    """Normalises queries and keys per head before their product (QK-norm), if asked to."""
+
+    def __init__(self, dim: int, heads: int, enabled: bool, bias: bool):
+        super().__init__()
+        self.q_norm = LayerNorm(dim // heads, bias) if enabled else nn.Identity()
+        self.k_norm = LayerNorm(dim // heads, bias) if enabled else nn.Identity()
+
+
+class SelfAttention(HeadNorm):
+    """Self-attention with one packed projection."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool, proj_bias: bool, qk_norm: bool, norm_bias: bool):
+        super().__init__(dim, heads, qk_norm, norm_bias)
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) -> queries, keys, values (B, H, N, D / H)."""
+        q, k, v = split_heads(self.qkv(x), 3, self.heads)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, N, D) -> (B, N, D); `mask` (B, 1, N, N) is true where attention is allowed."""
+        q, k, v = self.project(x)
+        return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+
+
+class CrossAttention(HeadNorm):
+    """Attention of decoder tokens to the encoder's context."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool, proj_bias: bool, qk_norm: bool, norm_bias: bool):
+        super().__init__(dim, heads, qk_norm, norm_bias)
+        self.heads = heads
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K, D) -> keys, values (B, H, K, D / H)."""
+        k, v = split_heads(self.kv(context), 2, self.heads)
+        return self.k_norm(k), v
+
+    def attend(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, N, D) -> (B, N, D), for keys and values that `project` made; `mask` (B, 1, N, K)."""
+        (q,) = split_heads(self.q(x), 1, self.heads)
+        return self.proj(merge_heads(F.scaled_dot_product_attention(self.q_norm(q), keys, values, attn_mask=mask)))
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, N, D), (B, K, D) -> (B, N, D); `mask` (B, 1, N, K) is true where attention is allowed."""
+        return self.attend(x, *self.project(context), mask)
+
+
+class Mlp(nn.Module):
+    """Two linear layers around GELU, or the SiLU-gated form of it (SwiGLU, Shazeer 2020)."""
+
+    def __init__(self, dim: int, ratio: float, gated: bool, bias: bool):
+        super().__init__()
+        hidden = int(2 * int(dim * ratio) / 3) if gated else int(dim * ratio)
+        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+        self.fc3 = nn.Linear(dim, hidden, bias=bias) if gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        if self.fc3 is None:
+            return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm self-attention and MLP."""
+
+    def __init__(self, config: FourMConfig, drop_path: float):
+        super().__init__()
+        attention = (config.dim, config.heads, config.qkv_bias, config.proj_bias, config.qk_norm, config.norm_bias)
+        self.norm1 = LayerNorm(config.dim, config.norm_bias)
+        self.attn = SelfAttention(*attention)
+        self.norm2 = LayerNorm(config.dim, config.norm_bias)
+        self.mlp = Mlp(config.dim, config.mlp_ratio, config.gated_mlp, config.mlp_bias)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        x = x + self.drop_path(self.attn(self.norm1(x), mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm self-attention, cross-attention to a context this block normalises itself, and MLP."""
+
+    def __init__(self, config: FourMConfig, drop_path: float):
+        super().__init__()
+        attention = (config.dim, config.heads, config.qkv_bias, config.proj_bias, config.qk_norm, config.norm_bias)
+        self.norm1 = LayerNorm(config.dim, config.norm_bias)
+        self.self_attn = SelfAttention(*attention)
+        self.query_norm = LayerNorm(config.dim, config.norm_bias)
+        self.context_norm = LayerNorm(config.dim, config.norm_bias)
+        self.cross_attn = CrossAttention(*attention)
+        self.norm2 = LayerNorm(config.dim, config.norm_bias)
+        self.mlp = Mlp(config.dim, config.mlp_ratio, config.gated_mlp, config.mlp_bias)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, context: Tensor, self_mask: Tensor | None, cross_mask: Tensor | None) -> Tensor:
+        """(B, M, D), (B, N, D) -> (B, M, D)."""
+        x = x + self.drop_path(self.self_attn(self.norm1(x), self_mask))
+        x = x + self.drop_path(self.cross_attn(self.query_norm(x), self.context_norm(context), cross_mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, D) -> cross-attention keys and values, which stay the same for every token that is decoded."""
+        return self.cross_attn.project(self.context_norm(context))
+
+    def step(self, x: Tensor, state: DecoderState, step: int, cross_mask: Tensor) -> Tensor:
+        """One new token (B, 1, D) -> (B, 1, D) at place `step` of a sequence; remembers its keys and values."""
+        q, k, v = self.self_attn.project(self.norm1(x))
+        state.keys[:, :, step : step + 1], state.values[:, :, step : step + 1] = k, v
+        seen = F.scaled_dot_product_attention(q, state.keys[:, :, : step + 1], state.values[:, :, : step + 1])
+        x = x + self.self_attn.proj(merge_heads(seen))
+        x = x + self.cross_attn.attend(self.query_norm(x), state.cross_keys, state.cross_values, cross_mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class DecoderState:
+    """What one decoder block remembers while a sequence grows: (B, H, length, D / H) keys and values."""
+
+    def __init__(self, cross_keys: Tensor, cross_values: Tensor, length: int):
+        batch, heads, _, width = cross_keys.shape
+        self.cross_keys, self.cross_values = cross_keys, cross_values
+        self.keys = cross_keys.new_empty(batch, heads, length, width)
+        self.values = torch.empty_like(self.keys)
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these rows (R,) of the batch."""
+        self.cross_keys, self.cross_values = self.cross_keys[rows], self.cross_values[rows]
+        self.keys, self.values = self.keys[rows], self.values[rows]

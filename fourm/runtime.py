@@ -1,0 +1,128 @@
+"""What a run stands on: processes, device, precision, seeds, and a folder that explains itself."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def accelerator(threads: int | None = None) -> Accelerator:
+    """Joins the processes that the launcher started, or just this one.
+
+    Args:
+        threads: Threads torch computes with in this process; default: torch's own choice.
+
+    Raises:
+        ValueError: Another number of processes than asked for came together.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    # A batch need not touch every parameter: a rare modality is absent from some.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # Without `cpu`, accelerate takes several processes on a machine without GPU for as many separate runs.
+    joined = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[unused])
+    asked = os.environ.get("WORLD_SIZE", "1")
+    if not asked.isdigit() or int(asked) != joined.num_processes:
+        raise ValueError(
+            f"WORLD_SIZE asks for {asked} processes, but {joined.num_processes} came together; start several with "
+            "`python -m torch.distributed.run --nproc_per_node N -m fourm ...`"
+        )
+    return joined
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware; without, bf16 is slower than fp32 by far."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        in_hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and in_hardware)
+    return False
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Type of matrix products: bfloat16 or float32. `auto` is bfloat16 wherever the hardware has it.
+
+    Raises:
+        ValueError: An unknown precision, or `bf16` on hardware without it.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, allowed are {', '.join(PRECISIONS)}")
+    if precision == "bf16" and not has_bf16(device):
+        raise ValueError(f"precision is 'bf16', but this {device.type} has no bfloat16 hardware; use 'auto' or 'fp32'")
+    return torch.bfloat16 if precision != "fp32" and has_bf16(device) else torch.float32
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """A seed of its own for everything that has a name, in [0, 2^63); the same on every machine."""
+    digest = hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator seeded by `derive_seed`."""
+    return torch.Generator(device).manual_seed(derive_seed(seed, *names))
+
+
+def seed_everything(seed: int, *names: str | int) -> None:
+    """Seeds the global generators of torch, numpy and Python, which layers and libraries draw from."""
+    derived = derive_seed(seed, *names)
+    torch.manual_seed(derived)
+    np.random.seed(derived % 2**32)
+    random.seed(derived)
+
+
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """What the figures of a run depend on: versions, machine, threads, and the commit of the working directory."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    packages = ("numpy", "accelerate", "timm", "tokenizers", "vector-quantize-pytorch")
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **{package: importlib.metadata.version(package) for package in packages},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bf16": has_bf16(device),
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def open_run(folder: str | Path, config: dict[str, Any]) -> Path:
+    """Makes a run's folder, with the resolved config and the environment in it as `config.yaml`, `environment.yaml`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("config", config), ("environment", environment())):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder
+
+
+def finish(joined: Accelerator) -> None:
+    """Ends the program of one of several processes; returns where there is only one.
+
+    Gloo processes tend to abort at interpreter exit although all work is done, so they leave without it.
+    """
+    if joined.num_processes == 1:
+        return
+    joined.wait_for_everyone()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if joined.device.type == "cpu":
+        os._exit(0)

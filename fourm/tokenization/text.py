@@ -1,0 +1,160 @@
+"""The text tokenizer: one Hugging Face WordPiece for captions and for every structured modality.
+
+Ids as in 4M: 0 `[PAD]`, 1 `[UNK]`, 2 `[SOS]`, 3 `[EOS]`, then the sentinels `[S_0]`, `[S_1]`, ..., then the number words
+`v0=0` ... `v3=<bins - 1>`, then learned pieces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import WordPiece as WordPieceDecoder
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.trainers import WordPieceTrainer
+
+from fourm.tokenization.structured import CODECS, CodecConfig
+
+CONTROL = ("[PAD]", "[UNK]", "[SOS]", "[EOS]")
+EOS = CONTROL.index("[EOS]")
+ROLES = 4  # number words are v0=..., v1=..., v2=..., v3=...
+
+
+def train_text_tokenizer(
+    texts: Iterable[str], vocab_size: int = 30_000, bins: int = 1000, sentinels: int = 200, lowercase: bool = True
+) -> Tokenizer:
+    """Learns a WordPiece vocabulary.
+
+    Args:
+        texts: What to learn the pieces from.
+        vocab_size: Number of ids at most, special ones included.
+        bins: Number words per role.
+        sentinels: Number of span sentinels.
+        lowercase: Fold case, and strip accents.
+
+    Raises:
+        ValueError: `vocab_size` leaves no room for learned pieces.
+    """
+    numbers = [f"v{role}={index}" for role in range(ROLES) for index in range(bins)]
+    words = [f"[S_{index}]" for index in range(sentinels)] + numbers
+    special = [AddedToken(word, special=True, normalized=False) for word in CONTROL]
+    special += [AddedToken(word, single_word=True, special=True, normalized=False) for word in words]
+    if vocab_size <= len(special):
+        raise ValueError(f"vocab_size is {vocab_size}, but {len(special)} ids are special; it must be larger")
+    tokenizer = Tokenizer(WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.decoder = WordPieceDecoder()
+    trainer = WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+class TextTokenizer:
+    """Raw values to sequences of ids and back, through a codec's text.
+
+    Args:
+        tokenizer: A fitted WordPiece, shared by all text modalities.
+        codec: How values are written as text.
+
+    Raises:
+        ValueError: The codec has more bins than the tokenizer has number words.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, codec: CodecConfig):
+        self.tokenizer = tokenizer
+        self.config = codec
+        self.codec = CODECS[codec.codec](codec)
+        self.vocab_size = tokenizer.get_vocab_size()
+        self.grid = None
+        largest = max(codec.bins, len(codec.fields)) - 1
+        if codec.codec != "caption" and tokenizer.token_to_id(f"v0={largest}") is None:
+            raise ValueError(f"{codec.codec} needs the number word 'v0={largest}', which this text tokenizer lacks")
+        self._dropped = [tokenizer.token_to_id(word) for word in ("[PAD]", "[SOS]")]
+        for index in range(self.vocab_size):
+            sentinel = tokenizer.token_to_id(f"[S_{index}]")
+            if sentinel is None:
+                break
+            self._dropped.append(sentinel)
+
+    def encode(self, raw: Sequence[Any]) -> list[np.ndarray]:
+        """Values to ids, int32 (length,) each, without `[EOS]` and sentinels.
+
+        Raises:
+            ValueError: A value is not of the codec's form; the error gives its index.
+        """
+        texts = []
+        for index, value in enumerate(raw):
+            try:
+                texts.append(self.codec.to_text(value))
+            except (TypeError, KeyError, ValueError) as error:
+                raise ValueError(f"value {index} ({self.config.codec}): {error}") from error
+        return [np.array(entry.ids, np.int32) for entry in self.tokenizer.encode_batch(texts)]
+
+    def decode(self, ids: Iterable[Sequence[int]]) -> list[Any]:
+        """Ids up to `[EOS]` to values; padding and sentinels are left out."""
+        return [self.codec.from_text(text) for text in self.decode_text(ids)]
+
+    def decode_text(self, ids: Iterable[Sequence[int]]) -> list[str]:
+        """Ids up to `[EOS]` to plain text."""
+        kept = []
+        for row in ids:
+            row = np.asarray(row, np.int64)
+            ends = np.flatnonzero(row == EOS)
+            row = row[: ends[0]] if ends.size else row
+            kept.append(row[~np.isin(row, self._dropped)].tolist())
+        return self.tokenizer.decode_batch(kept, skip_special_tokens=False)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json`, `tokenizer.json` and a card."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+        config = {"type": "text", **dataclasses.asdict(self.config)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "README.md").write_text(
+            f"# {folder.name}\n\nWordPiece of {self.vocab_size} ids; values are written as text by the codec "
+            f"`{self.config.codec}`. `load_tokenizer(folder)` gives `encode(values)` and `decode(ids)`.\n"
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> TextTokenizer:
+        """Loads a saved tokenizer."""
+        config = json.loads((Path(folder) / "config.json").read_text())
+        config.pop("type", None)
+        config["fields"] = {name: tuple(bounds) for name, bounds in config.get("fields", {}).items()}
+        return cls(Tokenizer.from_file(str(Path(folder) / "tokenizer.json")), CodecConfig(**config))
+
+
+def fit_text_tokenizers(
+    samples: Iterable[Mapping[str, Any]],
+    codecs: Mapping[str, CodecConfig],
+    vocab_size: int,
+    bins: int,
+    sentinels: int,
+    lowercase: bool = True,
+) -> dict[str, TextTokenizer]:
+    """One WordPiece fitted on all text modalities of the samples, with one tokenizer per modality around it.
+
+    Args:
+        samples: Raw samples; a modality may be absent.
+        codecs: How each modality is written as text.
+        vocab_size: As in `train_text_tokenizer`, like the others.
+        bins: See there.
+        sentinels: See there.
+        lowercase: See there.
+    """
+    writers = {name: CODECS[config.codec](config) for name, config in codecs.items()}
+    texts = chain.from_iterable(
+        (writer.to_text(sample[name]) for name, writer in writers.items() if name in sample) for sample in samples
+    )
+    tokenizer = train_text_tokenizer(texts, vocab_size, bins, sentinels, lowercase)
+    return {name: TextTokenizer(tokenizer, config) for name, config in codecs.items()}

@@ -1,0 +1,1 @@
+"""One loop that trains everything: `trainer` knows the run, `tasks` the loss, `optim` the update."""

@@ -1,0 +1,215 @@
+"""Which parameter is updated how, and how fast: groups, schedules, AdamW and Muon."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fourm.runtime import has_bf16
+
+SCHEDULES = ("cosine", "wsd")
+
+
+@dataclass
+class OptimConfig:
+    """How a model is updated.
+
+    `warmup` and `decay` are in the unit of the run's length (steps, or tokens); below 1 they are shares of it.
+
+    Args:
+        name: `adamw`, or `muon` for the matrices of the trunk with AdamW for the rest.
+        lr: Highest learning rate.
+        betas: AdamW's averaging rates.
+        eps: AdamW's guard against division by zero.
+        momentum: Muon's.
+        weight_decay: Decoupled decay of matrices (not of norms, biases, embeddings and single tokens).
+        schedule: `cosine` falls all the way, `wsd` (warm-up, stable, decay) stays up until `decay` before the end.
+        warmup: Linear rise from 0.
+        decay: Linear fall of `wsd`.
+        min_lr: Learning rate at the end.
+        clip: Largest gradient norm; 0 for none.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    momentum: float = 0.95
+    weight_decay: float = 0.05
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup: float = 0.05
+    decay: float = 0.2
+    min_lr: float = 0.0
+    clip: float = 1.0
+
+
+def learning_rate(config: OptimConfig, progress: float, length: float) -> float:
+    """The learning rate after `progress` of a run of `length` (both in steps or both in tokens).
+
+    Raises:
+        ValueError: An unknown schedule, or warm-up and decay that do not fit into the run.
+    """
+    if config.schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {config.schedule!r}, allowed are {', '.join(SCHEDULES)}")
+    warmup = config.warmup * length if config.warmup < 1 else config.warmup
+    decay = length - warmup
+    if config.schedule == "wsd":
+        decay = config.decay * length if config.decay < 1 else config.decay
+    if warmup + decay > length or decay < 0:
+        raise ValueError(f"warmup {warmup:g} and decay {decay:g} do not fit into a run of {length:g}")
+    if progress < warmup:
+        return config.lr * progress / warmup
+    left = min(1.0, (length - progress) / decay) if decay else 1.0
+    fall = left if config.schedule == "wsd" else (1 - math.cos(math.pi * left)) / 2
+    return config.min_lr + (config.lr - config.min_lr) * max(0.0, fall)
+
+
+def parameter_groups(model: nn.Module, muon: bool = False) -> dict[str, list[nn.Parameter]]:
+    """Sorts every trainable parameter of a model into one group.
+
+    Returns:
+        `muon` (if asked: matrices of linear layers inside numbered blocks, such as `encoder.3.attn.qkv`), `decay`
+        (other weights of linear and convolution layers) and `no_decay` (norms, biases, embeddings, single tokens).
+    """
+    groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
+    chosen: dict[nn.Parameter, str] = {}
+    for path, module in model.named_modules():
+        weighted = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        in_block = isinstance(module, nn.Linear) and any(part.isdigit() for part in path.split("."))
+        for name, parameter in module.named_parameters(recurse=False):
+            group = "no_decay"
+            if weighted and name == "weight":
+                group = "muon" if muon and in_block else "decay"
+            if chosen.get(parameter, group) != group:
+                group = "no_decay"  # a table that also serves as a layer's weight is a table
+            chosen[parameter] = group
+    for parameter, group in chosen.items():
+        if parameter.requires_grad:
+            groups[group].append(parameter)
+    covered = [id(parameter) for group in groups.values() for parameter in group]
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert len(covered) == len(set(covered)) and set(covered) == trainable
+    return groups
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """The optimisers of a model; together they hold each trainable parameter once.
+
+    Raises:
+        ValueError: An unknown optimiser, or nothing to train.
+    """
+    if config.name not in ("adamw", "muon"):
+        raise ValueError(f"optimiser is {config.name!r}, allowed are adamw, muon")
+    groups = parameter_groups(model, muon=config.name == "muon")
+    if not any(groups.values()):
+        raise ValueError("the model has no trainable parameter")
+    adamw: list[dict[str, Any]] = [
+        {"params": groups["decay"], "weight_decay": config.weight_decay},
+        {"params": groups["no_decay"], "weight_decay": 0.0},
+    ]
+    adamw = [group for group in adamw if group["params"]]
+    built: list[torch.optim.Optimizer] = []
+    if adamw:
+        fused = all(p.device.type in ("cpu", "cuda") for group in adamw for p in group["params"])
+        built.append(torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused))
+    if groups["muon"]:
+        built.append(Muon(groups["muon"], config.lr, config.momentum, config.weight_decay))
+    return built
+
+
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
+    """Sets the rate of the next update."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
+def optimizer_tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The state of the optimisers as tensors named `<what>/<parameter>`."""
+    return {
+        f"{what}/{name}": optimizer.state[parameter][what]
+        for optimizer in optimizers
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+        for what in optimizer.state[parameter]
+    }
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizers: Iterable[torch.optim.Optimizer], tensors: dict[str, Tensor]
+) -> None:
+    """Inverse of `optimizer_tensors`.
+
+    Raises:
+        ValueError: State of a parameter that these optimisers do not update.
+    """
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    for key, tensor in tensors.items():
+        what, _, name = key.partition("/")
+        parameter = parameters.get(name)
+        if parameter is None or parameter not in owner:
+            raise ValueError(f"optimiser state {key!r} belongs to no trained parameter of this model")
+        if tensor.ndim and tensor.shape != parameter.shape:
+            raise ValueError(f"optimiser state {key!r} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
+        owner[parameter].state[parameter][what] = tensor.to(parameter.device)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of each matrix is made orthogonal (Jordan 2024), matrices of equal shape at once.
+
+    Updates have the root mean square of AdamW's (Liu et al. 2025, section 2.2), so both share one learning rate.
+    torch's own Muon always multiplies in bfloat16, which is ruinous on processors without it, and one by one.
+
+    Args:
+        params: Matrices.
+        lr: Learning rate.
+        momentum: Averaging rate of the gradient (Nesterov).
+        weight_decay: Decoupled decay.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates every matrix that has a gradient."""
+        for group in self.param_groups:
+            alike: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike[(min(parameter.shape), max(parameter.shape))].append(parameter)
+            for shape, parameters in alike.items():
+                self._update(parameters, shape, group)
+
+    def _update(self, parameters: list[nn.Parameter], shape: tuple[int, int], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        directions = torch._foreach_lerp(gradients, buffers, group["momentum"])
+        wide = [d if d.shape == shape else d.mT for d in directions]
+        updates = orthogonalise(torch.stack(wide)).to(parameters[0].dtype)
+        rate = group["lr"] * 0.2 * math.sqrt(shape[1])
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update if parameter.shape == shape else update.mT, alpha=-rate)
+
+
+def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Moves the singular values of wide matrices (n, r, c), r <= c, close to 1 (Newton-Schulz, quintic)."""
+    x = matrices.to(torch.bfloat16 if has_bf16(matrices.device) else torch.float32)
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x

@@ -1,0 +1,63 @@
+"""`fourm tokenizer`: trains an image tokenizer and measures it on held-out data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from fourm import runtime
+from fourm.data.loader import Loader
+from fourm.data.shards import ShardDataset
+from fourm.evaluation.tokenizers import evaluate_tokenizer
+from fourm.tokenization.autoencoder import ImageTokenizer, TokenizerConfig, TokenizerLoss, TokenizerTask
+from fourm.training.trainer import TrainConfig, Trainer
+
+
+@dataclass(kw_only=True)
+class Config(TrainConfig):
+    """A tokenizer, its data and its training.
+
+    Args:
+        data: Root of the raw data.
+        modality: Raw modality.
+        folder: The finished tokenizer; its training run is in `run` below.
+        tokenizer: Input, quantizer, backbone and loss.
+        test_samples: Samples of the test split it is measured on.
+    """
+
+    data: str
+    modality: str
+    folder: str
+    tokenizer: TokenizerConfig
+    test_samples: int = 512
+
+
+def run(config: Config) -> None:
+    """Trains, writes the tokenizer's folder, and measures it on the test split."""
+    runtime.seed_everything(config.seed, "tokenizer", config.modality)
+    folder = Path(config.folder)
+    runtime.open_run(folder / "run", dataclasses.asdict(config))
+    joined = runtime.accelerator()
+    task = TokenizerTask(ImageTokenizer(config.tokenizer), config.modality)
+    loader = Loader(
+        ShardDataset(Path(config.data) / "train", [config.modality]),
+        config.loader_batch(joined.num_processes),
+        task.collate,
+        config.seed,
+        config.workers,
+        joined.process_index,
+        joined.num_processes,
+    )
+    trainer = Trainer(config, task, loader, {}, folder / "run")
+    trainer.fit()
+    if joined.is_main_process:
+        tokenizer = cast(TokenizerLoss, trainer.final_model).tokenizer.cpu().eval()
+        test = ShardDataset(Path(config.data) / "test", [config.modality])
+        figures = evaluate_tokenizer(tokenizer, test, config.modality, config.test_samples)
+        tokenizer.save_pretrained(folder, figures)
+        (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+        print(f"{folder}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    runtime.finish(joined)

@@ -1,0 +1,68 @@
+"""`fourm train`: trains an any-to-any model on token shards."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+from fourm import runtime
+from fourm.data.loader import Loader
+from fourm.data.shards import TokenDataset
+from fourm.masking.budgets import MaskingConfig
+from fourm.masking.masking import Masker
+from fourm.modalities import TokenSpace
+from fourm.model.config import FourMConfig
+from fourm.model.fourm import FourM
+from fourm.training.tasks import HeldOutLoss, MaskedTask
+from fourm.training.trainer import TrainConfig, Trainer
+
+
+@dataclass(kw_only=True)
+class Config(TrainConfig):
+    """A model, its data and its training.
+
+    Args:
+        data: Root of the token data.
+        modalities: YAML file with the modality table.
+        folder: The run; the finished model goes to `model` below.
+        model: Shape of the model.
+        masking: What is given and what is asked.
+        loss: `mod`, the mean of the modalities' means, or `token`, the mean over tokens.
+        on_error: What bad samples do: `raise`, or `skip` and count.
+        val_batches: Batches of the held-out loss.
+    """
+
+    data: str
+    modalities: str
+    folder: str
+    masking: MaskingConfig
+    model: FourMConfig = field(default_factory=FourMConfig)
+    loss: Literal["mod", "token"] = "mod"
+    on_error: Literal["raise", "skip"] = "raise"
+    val_batches: int = 8
+
+
+def run(config: Config) -> None:
+    """Trains, watches the loss on the validation split, and writes the finished model."""
+    joined = runtime.accelerator()
+    folder = Path(config.folder)
+    if joined.is_main_process:
+        runtime.open_run(folder, dataclasses.asdict(config))
+    space = TokenSpace.from_yaml(config.modalities)
+    runtime.seed_everything(config.seed, "model")
+    model = FourM(config.model, space)
+    task = MaskedTask(model, config.loss)
+    masker = Masker(space, config.masking)
+    train, val = (TokenDataset(Path(config.data) / split, space, config.on_error) for split in ("train", "val"))
+    size, rank, processes = config.loader_batch(joined.num_processes), joined.process_index, joined.num_processes
+    loader = Loader(train, size, masker, config.seed, config.workers, rank, processes)
+    held_out = HeldOutLoss(task, Loader(val, size, masker, config.seed), config.val_batches)
+    trainer = Trainer(config, task, loader, {"val": held_out}, folder)
+    trainer.fit()
+    if joined.is_main_process:
+        final = cast(FourM, trainer.final_model)
+        final.save_pretrained(folder / "model")
+        print(f"{folder / 'model'}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    runtime.finish(joined)

@@ -1,0 +1,140 @@
+"""The any-to-any matrix against brute force with a real model, and against a model whose bits are known."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from fourm.evaluation.matrix import any_to_any, raw_sources, raw_targets, summary
+from fourm.masking.transfer import transfer_batch
+from fourm.modalities import Modality, TokenSpace
+from fourm.model.fourm import FourM, FourMConfig
+
+
+class Tokens(list):
+    """A token dataset in memory."""
+
+    def __getitem__(self, where):
+        return super().__getitem__(where[1])
+
+
+def small_space():
+    return TokenSpace(
+        {
+            "rgb": Modality("patches", grid=(2, 2), patch_size=2),
+            "tok_rgb": Modality("grid", vocab_size=16, grid=(2, 2), source="rgb"),
+            "water": Modality("grid", vocab_size=4, grid=(2, 2)),
+            "caption": Modality("text", vocab_size=32, vocab="text", max_tokens=8, sentinels=10),
+        }
+    )
+
+
+def small_tokens(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return Tokens(
+        {
+            "__key__": f"{i:03d}",
+            "rgb": rng.integers(0, 256, (4, 4, 3), dtype=np.uint8),
+            "tok_rgb": rng.integers(0, 16, 4),
+            "water": rng.integers(0, 4, 4),
+            "caption": rng.integers(14, 32, rng.integers(1, 8)),
+        }
+        for i in range(count)
+    )
+
+
+def test_pixels_stand_for_rgb_as_source_and_tokens_as_target():
+    space = small_space()
+    assert raw_sources(space) == {"rgb": "rgb", "water": "water", "caption": "caption"}
+    assert raw_targets(space) == {"rgb": "tok_rgb", "water": "water", "caption": "caption"}
+
+
+def test_matrix_equals_one_pass_per_sample_and_pair():
+    torch.manual_seed(0)
+    model = FourM(FourMConfig(dim=32, encoder_depth=1, decoder_depth=2, heads=2), small_space())
+    with torch.no_grad():
+        model.decoder_embeddings.tokens.weight.mul_(20)  # far from uniform
+    tokens = small_tokens(7)
+    matrix = any_to_any(model, tokens, n=7, batch_size=3)
+    assert {source: set(row) for source, row in matrix.items()} == {
+        "rgb": {"water", "caption"}, "water": {"rgb", "caption"}, "caption": {"rgb", "water"}
+    }  # fmt: skip
+    for source, target, given, asked in [
+        ("rgb", "caption", "rgb", "caption"), ("caption", "rgb", "caption", "tok_rgb")
+    ]:  # fmt: skip
+        bits, nothing, count = 0.0, 0.0, 0
+        for sample in list.__iter__(tokens):
+            batch = transfer_batch(model.space, [sample], [given], [asked])
+            bits += model.token_nll(batch).sum().item() / np.log(2)
+            nothing += model.token_nll(transfer_batch(model.space, [sample], [], [asked])).sum().item() / np.log(2)
+            count += batch.target_tokens
+        cell = matrix[source][target]
+        assert cell["bits"] == pytest.approx(bits / count, rel=1e-4)
+        assert cell["gain_bits"] == pytest.approx((nothing - bits) / count, abs=1e-4)
+        assert cell["ci95"][0] <= cell["gain_bits"] <= cell["ci95"][1]
+
+
+@dataclass
+class Seen:
+    """What the fake model remembers of the inputs: ids (B, N), -1 where nothing is given."""
+
+    ids: torch.Tensor
+
+    def select(self, rows):
+        return Seen(self.ids[rows])
+
+
+class Copier(torch.nn.Module):
+    """Gives a target token 8 of 10 parts where the input has the same id at its place, else 1 of 16 (uniform)."""
+
+    def __init__(self, space):
+        super().__init__()
+        self.space, self.weight = space, torch.nn.Parameter(torch.zeros(1))
+
+    def encode(self, batch):
+        return Seen(torch.where(batch.mod < 0, -1, batch.ids % 16))
+
+    def token_nll(self, batch, context):
+        if (context.ids < 0).all():
+            return torch.full(batch.target.shape, np.log(16))
+        agree = batch.target % 16 == context.ids
+        return torch.where(agree, -np.log(0.8), -np.log(0.2 / 15))
+
+
+def test_gain_and_wrong_source_of_a_known_model():
+    space = TokenSpace({name: Modality("grid", vocab_size=16, grid=(2, 2)) for name in ("a", "b")})
+    maps = [np.full(4, i) for i in range(8)]  # no two samples share an id, so a wrong source never agrees
+    model = Copier(space).train()
+    matrix = any_to_any(model, Tokens({"__key__": str(i), "a": x, "b": x} for i, x in enumerate(maps)), 8, 4)
+    cell = matrix["a"]["b"]
+    assert cell["nothing_bits"] == pytest.approx(4)
+    assert cell["gain_bits"] == pytest.approx(4 + np.log2(0.8))
+    assert cell["ci95"] == pytest.approx([4 + np.log2(0.8)] * 2)
+    assert cell["shuffled_gain_bits"] == pytest.approx(4 + np.log2(0.2 / 15))
+    assert model.training  # left as it was found
+    assert summary(matrix) == pytest.approx(
+        {
+            "pairs": 2,
+            "positive_share": 1,
+            "mean_gain_bits": 4 + np.log2(0.8),
+            "max_shuffled_gain_bits": 4 + np.log2(0.2 / 15),
+            "shuffled_positive_share": 0,
+        }
+    )
+
+
+def test_errors_name_what_was_given():
+    model, tokens = (
+        FourM(FourMConfig(dim=32, encoder_depth=1, decoder_depth=1, heads=2), small_space()),
+        small_tokens(4),
+    )
+    with pytest.raises(ValueError, match=r"\['depth'\] cannot be a source, known are rgb, water, caption"):
+        any_to_any(model, tokens, n=2, sources=["depth"])
+    with pytest.raises(ValueError, match="only 4 of 4 samples hold all of"):
+        any_to_any(model, tokens, n=9)
+    with pytest.raises(ValueError, match="n is 1"):
+        any_to_any(model, tokens, n=1)
+    del tokens[2:]
+    with pytest.raises(ValueError, match="no pairs with a source among"):
+        summary({"rgb": {}}, ["water"])

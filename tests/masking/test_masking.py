@@ -1,0 +1,358 @@
+"""The masker: what is in a batch is what was in the samples, drawn as asked, and the same whoever draws it."""
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from fourm.masking.batch import MaskedBatch
+from fourm.masking.budgets import Component, MaskingConfig
+from fourm.masking.collect import finish, sequences
+from fourm.masking.masking import Masker, choose_cells, shuffle_chunks
+from fourm.modalities import Modality, TokenSpace
+
+FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
+EOS, S0 = 3, 4
+
+SPACE = TokenSpace(
+    {
+        "caption": Modality("text", vocab="text", vocab_size=300, max_tokens=24),
+        "rgb": Modality("patches", grid=(2, 3), patch_size=4, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)),
+        "tok": Modality("grid", vocab_size=50, grid=(4, 4)),
+        "small": Modality("grid", vocab_size=20, grid=(3, 1)),
+        "t5": Modality("vectors", dim=5, max_tokens=6),
+        "pairs": Modality("text", vocab="text", vocab_size=300, max_tokens=20, chunk=2),
+    }
+)
+EVEN = MaskingConfig(20, 20, [Component(input={"others": 1}, target={"others": 1})])
+
+
+def samples(count: int, seed: int = 0) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "__key__": f"k{number}",
+            "caption": rng.integers(210, 300, rng.integers(0, 20)).astype(np.uint16),
+            "rgb": rng.integers(0, 256, (8, 12, 3), dtype=np.uint8),
+            "tok": rng.integers(0, 50, 16),
+            "small": rng.integers(0, 20, 3).astype(np.int32),
+            "t5": rng.normal(size=(rng.integers(1, 7), 5)).astype(np.float32),
+            "pairs": rng.permutation(np.arange(210, 290))[: 2 * rng.integers(1, 7)],
+        }
+        for number in range(count)
+    ]
+
+
+def draws(count: int, epoch: int = 0) -> list[tuple[int, int]]:
+    return [(epoch, index) for index in range(count)]
+
+
+def tokens(batch: MaskedBatch, row: int, name: str, space: TokenSpace = SPACE) -> tuple[list, list, list, list, list]:
+    """Positions and ids of the inputs, positions, fed ids and ids of the targets of a modality, ids from 0."""
+    number = space.number[name]
+    first, position = space.vocab_offset[number], space.position_offset[number]
+    given, asked = batch.mod[row] == number, batch.target_mod[row] == number
+    fed = batch.target_in[row][asked]
+    return (
+        (batch.pos[row][given] - position).tolist(),
+        (batch.ids[row][given] - first).tolist(),
+        (batch.target_pos[row][asked] - position).tolist(),
+        torch.where(fed < 0, fed, fed - first).tolist(),
+        (batch.target[row][asked] - first).tolist(),
+    )
+
+
+def merge(given: list[int], asked: list[int]) -> list[int]:
+    """The text behind a span-masked input and its target: each sentinel replaced by what follows it in the target."""
+    spans: dict[int, list[int]] = {}
+    for token in asked:
+        if S0 <= token < S0 + 200:
+            spans[token] = []
+            current = spans[token]
+        else:
+            current.append(token)
+    return list(itertools.chain(*[spans.get(token, [token]) for token in given]))
+
+
+def equal(one: MaskedBatch, other: MaskedBatch) -> bool:
+    names = ("ids", "pos", "mod", "sample", "target_in", "target", "target_pos", "target_mod", "target_sample")
+    same = all(torch.equal(getattr(one, name), getattr(other, name)) for name in names) and one.keys == other.keys
+    return same and all(
+        torch.equal(one.rows[name], other.rows[name]) and torch.equal(one.slots[name], other.slots[name])
+        for name in one.rows
+    )
+
+
+def test_grids_hold_the_ids_of_the_sample_and_no_cell_twice() -> None:
+    data = samples(64)
+    batch = Masker(SPACE, EVEN)(data, draws(64))
+    for row, sample in enumerate(data):
+        for name in ("tok", "small"):
+            given, ids, asked, fed, answers = tokens(batch, row, name)
+            assert given == sorted(given)
+            assert asked == sorted(asked)
+            assert not set(given) & set(asked)
+            assert ids == sample[name][given].tolist()
+            assert answers == sample[name][asked].tolist()
+            assert set(fed) <= {-1}
+
+
+def test_texts_come_back_whole_from_input_and_target() -> None:
+    """Big budgets: nothing is cut, so input and target together are the text and its end token."""
+    data = samples(200)
+    config = MaskingConfig(300, 300, [Component(input={"caption": 9}, target={"caption": 9})])
+    batch = Masker(SPACE, config)(data, draws(200))
+    seen = set()
+    for row, sample in enumerate(data):
+        given_at, given, asked_at, fed, answers = tokens(batch, row, "caption")
+        text = [*sample["caption"].tolist(), EOS]
+        assert given_at == list(range(len(given)))
+        assert asked_at == list(range(len(answers)))
+        assert fed[1:] == answers[:-1]
+        target = fed[:1] + answers if fed else [S0 + 1]
+        assert target[0] == S0 + 1
+        assert merge(given, target) == text
+        seen.add(len(answers))
+    assert len(seen) > 8
+
+
+def test_chunks_stay_together_in_a_new_order_each_epoch() -> None:
+    data = samples(100)
+    config = MaskingConfig(300, 300, [Component(input={"pairs": 9}, target={"pairs": 9})])
+    orders = []
+    for epoch in range(2):
+        batch = Masker(SPACE, config)(data, draws(100, epoch))
+        for row, sample in enumerate(data):
+            _, given, _, fed, answers = tokens(batch, row, "pairs")
+            whole = merge(given, fed[:1] + answers if fed else [S0 + 1])
+            orders.append(whole)
+            pairs = {tuple(pair) for pair in sample["pairs"].reshape(-1, 2).tolist()}
+            got = [tuple(whole[at : at + 2]) for at in range(0, len(whole) // 2 * 2, 2)]
+            assert whole[-1] == EOS
+            assert set(got) == pairs
+    assert sum(one != other for one, other in zip(orders[:100], orders[100:], strict=True)) > 60
+
+
+def test_long_texts_are_cut_to_whole_chunks() -> None:
+    """Five tokens at most; the end token only where it fits; an incomplete chunk stays last when shuffled."""
+    space = TokenSpace(
+        {
+            "one": Modality("text", vocab_size=300, max_tokens=5),
+            "two": Modality("text", vocab_size=300, max_tokens=5, chunk=2),
+        }
+    )
+    texts = [np.arange(210, 210 + size) for size in (3, 4, 5, 6)]
+    raw = sequences(space, [{"one": text, "two": text} for text in texts], space.names)
+    done = finish(space, raw)
+    assert done.length.tolist() == [4, 5, 5, 5, 4, 5, 4, 4]
+    assert done.ids[0].tolist() == [210, 211, 212, EOS, 0]
+    assert done.ids[1].tolist() == [210, 211, 212, 213, EOS]
+    assert done.ids[3].tolist() == [210, 211, 212, 213, 214]
+    chunk = np.array([1, 2])[raw.mod]
+    orders = {
+        tuple(shuffle_chunks(raw, chunk, np.full(8, key, dtype=np.uint64)).ids[6, :5].tolist()) for key in range(20)
+    }
+    assert orders == {(210, 211, 212, 213, 214), (212, 213, 210, 211, 214)}
+
+
+def test_patches_equal_unfold() -> None:
+    """torch's unfold gives (channel, row, column) per patch; ours is (row, column, channel)."""
+    data = samples(16)
+    batch = Masker(SPACE, MaskingConfig(4, 4, [Component(input={"rgb": 1}, target={"tok": 1})]))(data, draws(16))
+    images = torch.stack([torch.from_numpy(sample["rgb"]) for sample in data]).permute(0, 3, 1, 2) / 255
+    images = (images - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([0.5, 0.6, 0.7])[:, None, None]
+    cells = torch.nn.functional.unfold(images, 4, stride=4).transpose(1, 2)  # (B, 6, 48)
+    cells = cells.reshape(16, 6, 3, 16).transpose(2, 3).reshape(16, 6, 48)
+    slots = batch.slots["rgb"]
+    assert len(slots) == 16 * 4
+    assert (batch.mod.flatten()[slots] == SPACE.number["rgb"]).all()
+    cell = batch.pos.flatten()[slots] - int(SPACE.position_offset[SPACE.number["rgb"]])
+    assert torch.allclose(batch.rows["rgb"], cells[slots // batch.ids.shape[1], cell], atol=1e-6)
+
+
+def test_grey_and_sixteen_bit_images() -> None:
+    space = TokenSpace({"grey": Modality("patches", grid=(1, 2), patch_size=2, channels=1, mean=(0.5,), std=(0.25,)),
+                        "tok": Modality("grid", vocab_size=2, grid=(1, 1))})  # fmt: skip
+    image = np.array([[0, 65535, 13107, 0], [0, 0, 0, 0]], dtype=np.uint16)
+    masker = Masker(space, MaskingConfig(2, 1, [Component(input={"grey": 1}, target={"tok": 1})]))
+    batch = masker([{"grey": image, "tok": np.array([1])}], [(0, 0)])
+    assert torch.allclose(batch.rows["grey"], torch.tensor([[-2.0, 2, -2, -2], [-1.2, -2, -2, -2]]))
+
+
+def test_vectors_are_the_samples_with_zeros_for_masked_runs() -> None:
+    """Kept rows in order; never two zero rows in a row; everything or one zero row where chance allows nothing else."""
+    data = samples(300)
+    batch = Masker(SPACE, MaskingConfig(6, 1, [Component(input={"t5": 1}, target={"tok": 1})]))(data, draws(300))
+    width, masked = batch.ids.shape[1], 0
+    for row, sample in enumerate(data):
+        mine = batch.slots["t5"] // width == row
+        rows = batch.rows["t5"][mine].numpy()
+        assert len(rows) == int((batch.mod[row] == SPACE.number["t5"]).sum())
+        zero = np.abs(rows).max(axis=1, initial=0) == 0
+        assert not (zero[1:] & zero[:-1]).any()
+        kept = [int(np.flatnonzero((sample["t5"] == values).all(axis=1))[0]) for values in rows[~zero]]
+        assert kept == sorted(set(kept))
+        gaps = np.diff([-1, *kept, len(sample["t5"])]) > 1
+        assert zero.sum() == gaps.sum()
+        masked += int(zero.sum())
+    assert masked > 50
+    assert not batch.ids[batch.mod == SPACE.number["t5"]].any()
+
+
+def test_layout() -> None:
+    """Sorted by modality, then position; empty slots last, -1 and zeros; widths are the budgets whatever is filled."""
+    batch = Masker(SPACE, EVEN)(samples(40), draws(40))
+    assert batch.ids.shape == batch.target.shape == (40, 20)
+    for mod, pos, sample, ids in (
+        (batch.mod, batch.pos, batch.sample, batch.ids),
+        (batch.target_mod, batch.target_pos, batch.target_sample, batch.target),
+    ):
+        key = torch.where(mod < 0, 10**6, mod * 1000 + pos)
+        assert (key.diff(dim=1)[mod[:, 1:] >= 0] > 0).all()
+        assert torch.equal(mod < 0, sample < 0)
+        assert set(sample.unique().tolist()) <= {0, -1}
+        assert not pos[mod < 0].any()
+        assert not ids[mod < 0].any()
+    assert not batch.target_in[batch.target_mod < 0].any()
+    assert batch.keys == tuple(f"k{number}" for number in range(40))
+    assert batch.pos.max() < SPACE.positions
+    assert max(batch.ids.max(), batch.target.max()) < SPACE.vocab_size
+
+
+def test_chosen_cells_are_uniform_and_of_the_right_number() -> None:
+    length, many = np.array([7, 4]), 6000
+    given, asked = np.full((many, 2), 2), np.full((many, 2), [4, 2])
+    one, two = choose_cells(length, given, asked, np.arange(many, dtype=np.uint64))
+    assert not (one & two).any()
+    assert (one.sum(axis=2) == given).all()
+    assert (two.sum(axis=2) == asked).all()
+    assert not (one | two)[:, 1, 4:].any()
+    for chosen, count in ((one, given), (two, asked)):
+        for grid, size in enumerate(length):
+            share = count[0, grid] / size
+            allowed = 5 * np.sqrt(share * (1 - share) / many)
+            assert np.abs(chosen[:, grid, :size].mean(axis=0) - share).max() <= allowed
+
+
+def test_a_sample_is_masked_alike_in_any_company() -> None:
+    data = samples(10)
+    masker = Masker(SPACE, EVEN)
+    together = masker(data, draws(10, epoch=2))
+    alone = Masker(SPACE, EVEN)(data[7:8], [(2, 7)])
+    for name in ("ids", "pos", "mod", "target_in", "target", "target_pos", "target_mod"):
+        assert torch.equal(getattr(together, name)[7:8], getattr(alone, name)), name
+    assert equal(masker(data, draws(10, epoch=2)), together)
+    assert not torch.equal(masker(data, draws(10, epoch=3)).pos, together.pos)
+
+
+class Data(torch.utils.data.Dataset):
+    def __getitem__(self, draw: tuple[int, int]) -> tuple[dict, tuple[int, int]]:
+        return samples(8)[draw[1]], draw
+
+
+def collate(masker: Masker, items: list) -> MaskedBatch:
+    return masker([sample for sample, _ in items], [draw for _, draw in items])
+
+
+def test_workers_change_nothing() -> None:
+    batches = [[(epoch, index) for index in part] for epoch in range(2) for part in ([0, 5, 2], [7, 1, 3])]
+
+    def load(workers: int) -> Iterator[MaskedBatch]:
+        merge_items = functools.partial(collate, Masker(SPACE, EVEN))
+        return iter(
+            torch.utils.data.DataLoader(Data(), batch_sampler=batches, collate_fn=merge_items, num_workers=workers)
+        )
+
+    pairs = list(zip(load(0), load(2), strict=True))
+    assert len(pairs) == 4
+    assert all(equal(*pair) for pair in pairs)
+
+
+def test_absent_modalities() -> None:
+    data = samples(30)
+    for number, sample in enumerate(data):
+        for name in list(SPACE.names)[number % 6 :: 2]:
+            del sample[name]
+    batch = Masker(SPACE, EVEN)(data, draws(30))
+    for row, sample in enumerate(data):
+        got = {SPACE.names[mod] for mod in [*batch.mod[row].tolist(), *batch.target_mod[row].tolist()] if mod >= 0}
+        assert got <= set(sample)
+        assert got
+    only_key = Masker(SPACE, EVEN)([{"__key__": "nothing"}], [(0, 0)])
+    assert only_key.input_tokens == only_key.target_tokens == 0
+    assert {name: tuple(rows.shape) for name, rows in only_key.rows.items()} == {"rgb": (0, 48), "t5": (0, 5)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tok", np.zeros(15, dtype=int), r"'bad': tok is int64 of shape \(15,\).*\(16,\) in \[0, 50\)"),
+        ("tok", np.full(16, 50), r"'bad': tok is ids in \[50, 50\], expected"),
+        ("small", np.zeros(3), r"'bad': small is float64"),
+        ("caption", np.array([-1]), r"'bad': caption is ids in \[-1, -1\]"),
+        ("caption", np.zeros((2, 2), dtype=int), r"'bad': caption is int64 of shape \(2, 2\)"),
+        ("rgb", np.zeros((8, 8, 3), dtype=np.uint8), r"'bad': rgb is uint8 of shape \(8, 8, 3\).*\(8, 12, 3\)"),
+        ("rgb", np.zeros((8, 12, 3)), "'bad': rgb is float64"),
+        ("t5", np.zeros((2, 4), dtype=np.float32), r"'bad': t5 is of shape \(2, 4\).*\(length, 5\)"),
+    ],
+)
+def test_wrong_samples_are_named(name: str, value: np.ndarray, message: str) -> None:
+    data = samples(20)
+    data[13] |= {"__key__": "bad", name: value}
+    config = MaskingConfig(20, 20, [Component(input={name: 1}, target={"tok": 1})])
+    with pytest.raises(ValueError, match=message):
+        Masker(SPACE, config)(data, draws(20))
+
+
+def test_too_few_sentinels() -> None:
+    space = TokenSpace({"text": Modality("text", vocab_size=300, max_tokens=20, sentinels=11)})
+    config = MaskingConfig(9, 9, [Component(input={"text": 1}, target={"text": 1})])
+    with pytest.raises(ValueError, match=r"text has room for 11 sentinels from id 4 on, but .* can need 12"):
+        Masker(space, config)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_realised_tokens_equal_the_reference(number: int, reference_masking: Callable) -> None:
+    """Means over the reference's own corpus of texts, after budgets, span masking and truncation."""
+    config, space, masking = reference_masking(number)
+    stored = json.loads((FIXTURES / "masking" / "realised_stats.json").read_text())
+    expected, count = stored["configs"][number], 800
+    assert expected["alphas"] == config["alphas"]
+    assert expected["input_tokens_range"] == config["input_tokens_range"]
+    data = corpus(space, stored["corpus"])
+    batch = Masker(space, masking)([data[index % len(data)] for index in range(count)], draws(count))
+
+    sides = {"valid_inputs": batch.mod}
+    if "t5_caption" not in space.names:  # else the reference wastes target tokens on it, which we do not
+        sides["decoder_tokens"] = batch.target_mod
+    for side, mod in sides.items():
+        for name, stats in expected[side].items():
+            mean = float((mod == space.number[name]).sum()) / count
+            allowed = 5 * stats["std"] * np.sqrt(1 / count + 1 / expected["draws"])
+            assert abs(mean - stats["mean"]) <= allowed + 1e-9, (side, name)
+
+
+def corpus(space: TokenSpace, records: list[dict]) -> list[dict]:
+    """The reference's text records as token samples; grids and pixels hold anything."""
+    tokenizer = Tokenizer.from_file(str(FIXTURES / "text_tokenizer_4m_wordpiece_30k.json"))
+    anything: dict[str, np.ndarray] = {}
+    for name, row in space.modalities.items():
+        if row.kind == "grid":
+            anything[name] = np.zeros(row.length, dtype=int)
+        elif row.kind == "patches":
+            assert row.grid is not None
+            anything[name] = np.zeros((16 * row.grid[0], 16 * row.grid[1], 3), dtype=np.uint8)
+    data = []
+    for record in records:
+        texts = {name: " ".join(text) if isinstance(text, list) else text for name, text in record.items()}
+        ids = {name: np.array(tokenizer.encode(texts[name]).ids) for name in texts if name in space.names}
+        data.append(anything | ids)
+        if "t5_caption" in space.names:
+            data[-1]["t5_caption"] = np.ones((record["t5_rows"], 4), dtype=np.float32)
+    return data

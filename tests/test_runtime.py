@@ -1,0 +1,52 @@
+import os
+
+import pytest
+import torch
+import yaml
+
+from fourm import runtime
+
+
+def test_seeds_depend_on_every_name():
+    named = [(0,), (1,), (0, "a"), (0, "b"), (0, "a", 1), (0, "a", 2), (0, "a1")]
+    seeds = {runtime.derive_seed(*names) for names in named}
+    assert len(seeds) == 7 and all(0 <= seed < 2**63 for seed in seeds)
+    assert runtime.derive_seed(0, "a", 1) == 7965780462979794708  # the same on every machine and version
+
+
+def test_generators_repeat():
+    first, again, other = (torch.rand(3, generator=runtime.generator(1, name)) for name in ("x", "x", "y"))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_precision_follows_the_hardware(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(runtime, "has_bf16", lambda device: False)
+    assert runtime.autocast_dtype("auto", cpu) == torch.float32
+    with pytest.raises(ValueError, match="no bfloat16 hardware"):
+        runtime.autocast_dtype("bf16", cpu)
+    monkeypatch.setattr(runtime, "has_bf16", lambda device: True)
+    assert runtime.autocast_dtype("auto", cpu) == torch.bfloat16
+    assert runtime.autocast_dtype("fp32", cpu) == torch.float32
+    with pytest.raises(ValueError, match="allowed are auto, fp32, bf16"):
+        runtime.autocast_dtype("fp8", cpu)
+
+
+def test_bf16_on_cpu_needs_instructions(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert not runtime.has_bf16(torch.device("cpu"))
+
+
+def test_world_size_that_did_not_come_together(monkeypatch):
+    runtime.accelerator()
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="asks for 2 processes, but 1 came together"):
+        runtime.accelerator()
+
+
+def test_run_folder_explains_itself(tmp_path):
+    folder = runtime.open_run(tmp_path / "a" / "run", {"lr": 0.1, "names": ["x"]})
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == {"lr": 0.1, "names": ["x"]}
+    environment = yaml.safe_load((folder / "environment.yaml").read_text())
+    assert environment["torch"] == torch.__version__ and environment["threads"] == torch.get_num_threads()

@@ -1,0 +1,90 @@
+"""The text tokenizer: ids of special words as in 4M, and values through text and back."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from fourm.tokenization import load_tokenizer
+from fourm.tokenization.structured import CodecConfig
+from fourm.tokenization.text import TextTokenizer, fit_text_tokenizers, train_text_tokenizer
+
+SHARED = Path(__file__).parents[3] / "shared"
+SAMPLES = [
+    {"caption": "A hilly coast in Peru, near Lima.", "places": [{"name": "Lima", "x": 0.1, "y": 0.9}]},
+    {"caption": "Flat desert, no towns at all.", "places": [], "palette": [[1, 2, 3], [250, 251, 252]]},
+]
+CODECS = {
+    "caption": CodecConfig("caption"),
+    "places": CodecConfig("places", bins=16),
+    "palette": CodecConfig("palette", bins=64),
+}
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fit_text_tokenizers(SAMPLES, CODECS, vocab_size=600, bins=64, sentinels=20)
+
+
+def test_special_ids_and_pipeline_are_those_of_4m():
+    path = SHARED / "fixtures/text_tokenizer_4m_wordpiece_30k.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    reference = json.loads(path.read_text())
+    ours = json.loads(train_text_tokenizer(["a b c"], vocab_size=4300, bins=1000, sentinels=200).to_str())
+    assert ours["added_tokens"] == reference["added_tokens"][:4204]  # after these come the names of COCO's classes
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        assert ours[part] == reference[part]
+    del ours["model"]["vocab"], reference["model"]["vocab"]
+    assert ours["model"] == reference["model"]
+
+
+def test_reads_the_tokenizer_of_4m():
+    path = SHARED / "fixtures/text_tokenizer_4m_wordpiece_30k.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    tokenizer = TextTokenizer(Tokenizer.from_file(str(path)), CodecConfig("palette"))
+    ids = tokenizer.encode([[[140, 231, 126]]])
+    assert ids[0].tolist() == [1205, 344, 435, 330]  # fixture transforms/color_palette.json
+    assert tokenizer.decode(ids) == [[[140, 231, 126]]]
+
+
+def test_values_come_back(fitted):
+    for sample in SAMPLES:
+        for name, value in sample.items():
+            tokenizer = fitted[name]
+            (back,) = tokenizer.decode(tokenizer.encode([value]))
+            if name == "caption":
+                assert back == value.lower()
+            elif name == "places":
+                assert [place["name"] for place in back] == [place["name"].lower() for place in value]
+                assert all(abs(b["x"] - v["x"]) <= 1 / 32 for b, v in zip(back, value, strict=True))
+            else:
+                assert np.abs(np.array(back) - np.array(value)).max() <= 2
+    assert {tokenizer.vocab_size for tokenizer in fitted.values()} == {fitted["caption"].vocab_size}
+
+
+def test_decoding_stops_at_eos_and_drops_sentinels(fitted):
+    caption = fitted["caption"]
+    ids = caption.encode(["flat desert"])[0].tolist()
+    assert caption.decode([[5, *ids, 6, 3, *ids], [], [3], [0, 2]]) == ["flat desert", "", "", ""]
+
+
+def test_folder_round_trip(fitted, tmp_path):
+    fitted["places"].save_pretrained(tmp_path / "places")
+    loaded = load_tokenizer(tmp_path / "places")
+    assert isinstance(loaded, TextTokenizer) and loaded.config == CODECS["places"]
+    assert loaded.encode([SAMPLES[0]["places"]])[0].tolist() == fitted["places"].encode([SAMPLES[0]["places"]])[0].tolist()
+
+
+def test_errors(fitted):
+    with pytest.raises(ValueError, match="larger"):
+        train_text_tokenizer(["a"], vocab_size=100, bins=64, sentinels=20)
+    with pytest.raises(ValueError, match="v0=255"):
+        TextTokenizer(fitted["caption"].tokenizer, CodecConfig("palette", bins=256))
+    with pytest.raises(ValueError, match=r"value 1 \(caption\): expected a string"):
+        fitted["caption"].encode(["a", 3])
+    with pytest.raises(ValueError, match="neither"):
+        load_tokenizer("no/such/folder")

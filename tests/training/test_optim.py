@@ -1,0 +1,112 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fourm.training import optim
+from fourm.training.optim import Muon, OptimConfig, learning_rate, orthogonalise, parameter_groups
+
+
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [(0, 0.0), (5, 0.5), (10, 1.0), (35, 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2), (60, 0.55), (110, 0.1)],
+)
+def test_cosine_by_hand(progress, expected):
+    config = OptimConfig(lr=1.0, min_lr=0.1, warmup=10)
+    assert learning_rate(config, progress, 110) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("progress", "expected"), [(5, 0.5), (10, 1.0), (79, 1.0), (90, 0.55), (100, 0.1), (105, 0.1)])
+def test_wsd_by_hand(progress, expected):
+    config = OptimConfig(lr=1.0, min_lr=0.1, schedule="wsd", warmup=0.1, decay=20)
+    assert learning_rate(config, progress, 100) == pytest.approx(expected)
+
+
+def test_schedule_that_does_not_fit():
+    with pytest.raises(ValueError, match="warmup 80 and decay 40 do not fit into a run of 100"):
+        learning_rate(OptimConfig(schedule="wsd", warmup=80, decay=40), 0, 100)
+    with pytest.raises(ValueError, match="allowed are cosine, wsd"):
+        learning_rate(OptimConfig(schedule="step"), 0, 100)
+
+
+class Example(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.conv = nn.Conv2d(3, 4, 2)
+        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(4, 2, 8), nn.TransformerEncoderLayer(4, 2, 8)])
+        self.head = nn.Linear(4, 7, bias=False)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+
+def test_groups():
+    model = Example()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {g: {names[id(p)] for p in all_of} for g, all_of in parameter_groups(model, muon=True).items()}
+    linear = {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("self_attn.out_proj", "linear1", "linear2")}
+    assert groups["muon"] == linear and groups["decay"] == {"conv.weight", "head.weight"}
+    assert {"table.weight", "token", "conv.bias", "blocks.0.norm1.weight"} <= groups["no_decay"]
+    assert not any(name.startswith("frozen") for group in groups.values() for name in group)
+    assert sum(map(len, groups.values())) == len(names) - 2
+    plain = parameter_groups(model)
+    assert not plain["muon"] and len(plain["decay"]) == 2 + len(linear)
+
+
+def test_tied_table_is_not_decayed():
+    model = Example()
+    model.head.weight = model.table.weight
+    no_decay = [id(parameter) for parameter in parameter_groups(model)["no_decay"]]
+    assert no_decay.count(id(model.table.weight)) == 1
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 32)])
+def test_orthogonalise_by_singular_values(shape, monkeypatch):
+    monkeypatch.setattr(optim, "has_bf16", lambda device: False)
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    result = orthogonalise(matrices)
+    assert torch.linalg.svdvals(result).sub(1).abs().max() < 0.35  # this polynomial swings around 1
+    for matrix, made in zip(matrices, result, strict=True):
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        exact = u @ v
+        assert nn.functional.cosine_similarity(exact.flatten(), made.flatten(), dim=0) > 0.97
+    torch.testing.assert_close(result[1], orthogonalise(matrices[1:2])[0])
+
+
+def test_muon_follows_torch():
+    shapes = [(12, 20), (20, 12), (12, 20), (6, 6)]
+    draw = torch.Generator().manual_seed(1)
+    ours = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    settings = {"lr": 0.05, "momentum": 0.95, "weight_decay": 0.1}
+    pair = (Muon(ours, **settings), torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw"))
+    start = [parameter.detach().clone() for parameter in ours]
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=draw)
+            b.grad = a.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    for a, b, before in zip(ours, theirs, start, strict=True):
+        difference, moved = (a - b).norm(), (b - before).norm()
+        assert difference < 0.05 * moved  # torch multiplies in bfloat16
+
+
+def test_optimizer_state_round_trip_and_refusal():
+    model = Example()
+    built = optim.build_optimizers(model, OptimConfig(name="muon"))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    for optimizer in built:
+        optimizer.step()
+    tensors = optim.optimizer_tensors(model, built)
+    again = optim.build_optimizers(model, OptimConfig(name="muon"))
+    optim.load_optimizer_tensors(model, again, tensors)
+    loaded = optim.optimizer_tensors(model, again)
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
+    assert "exp_avg/table.weight" in tensors and "momentum_buffer/blocks.0.linear1.weight" in tensors
+    with pytest.raises(ValueError, match="exp_avg/nobody"):
+        optim.load_optimizer_tensors(model, again, {"exp_avg/nobody": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"shape \(2,\)"):
+        optim.load_optimizer_tensors(model, again, {"exp_avg/table.weight": torch.zeros(2)})
