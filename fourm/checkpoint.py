@@ -64,6 +64,7 @@ def save(
     try:
         for name, group in tensors.items():
             save_file(_unshared(group), aside / f"{name}.safetensors", metadata={"format": "pt"})
+            (aside / f"{name}.safetensors").chmod(aside.stat().st_mode & 0o666)  # safetensors makes it the owner's only
         for name, text in {"state.json": json.dumps(state, indent=1), **(files or {})}.items():
             (aside / name).write_text(text)
         manifest = {path.name: _fingerprint(path) for path in sorted(aside.iterdir())}

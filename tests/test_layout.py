@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"modalities"}, {"runtime"}, {"checkpoint", "logbook", "pipeline"}, {"data"}, {"tokenization"}, {"masking"}, {"model"},
-    {"training"}, {"generation"}, {"evaluation"}, {"cli"}, {"__main__"},
+    {"training"}, {"generation"}, {"evaluation"}, {"verbs"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
@@ -43,7 +43,7 @@ def test_tokenizers_folder_holds_no_python():
 
 
 def test_nothing_is_unpickled():
-    forbidden = ("pickle.", "import pickle", "allow_pickle=True", "torch.load(", "np.load(", "yaml.load(")
+    forbidden = ("pickle.load", "import pickle", "allow_pickle=True", "torch.load(", "np.load(", "yaml.load(")
     allowed = {"np.load(": "allow_pickle=False"}
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"

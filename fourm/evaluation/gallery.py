@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fourm.evaluation.matrix import complete_samples, raw_sources, raw_targets
+from fourm.evaluation.matrix import complete_samples, raw_samples, raw_sources, raw_targets
 from fourm.evaluation.tokenizers import reconstruct
 from fourm.generation.decode import decode, picture
 from fourm.generation.plan import Target, chain
 from fourm.generation.sampler import Given, Sampler, from_samples
 from fourm.model.fourm import FourM
 
-DRAWING = 128  # side of a drawn palette or map of places in pixels; images keep their own pixels
+DRAWING = 64  # side of a drawn palette in pixels; images keep their own
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Gallery:
         config: What is shown.
 
     Raises:
-        ValueError: Too few complete samples.
+        ValueError: Too few complete samples, or the two datasets differ in their samples.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Gallery:
         self.sources, self.targets = raw_sources(model.space), raw_targets(model.space)
         names = sorted({*self.sources.values(), *self.targets.values()})
         chosen = complete_samples(tokens, names, self.config.samples, self.config.seed)
-        self.tokens, self.raw = list(chosen.values()), [raw[index] for index in chosen]
+        self.tokens, self.raw = list(chosen.values()), raw_samples(raw, chosen)
 
     def generate(
         self, known: Mapping[str, Given], targets: Sequence[str], guidance: float = 1.0, seed: int = 0
@@ -128,9 +128,8 @@ class Gallery:
     def cell(self, name: str, value: Any, row: int, title: str, given: bool = False) -> Cell:
         """Shows a raw value; numbers are coloured by about the range of the truth of the same sample."""
         if self.is_text(name):
-            if not value or isinstance(value, str | Mapping):
-                return Cell(title, text=words(value), given=given)
-            return Cell(title, data_uri(picture(name, value, DRAWING)), words(value), given)
+            text = words(value)
+            return Cell(title, "" if text else data_uri(picture(name, value, DRAWING)), text, given)
         settings, truth = self.tokenizers[self.targets[name]].config.input, np.asarray(self.raw[row][name])
         # Class maps with values of their own (0 and 255) are pictures already; of two classes the second is the darker.
         kind = "image" if settings.kind == "classes" and settings.values else settings.kind
@@ -233,14 +232,14 @@ class Gallery:
 
 
 def words(value: Any) -> str:
-    """A raw value of a text modality in words."""
+    """A raw value of a text modality in words; nothing for a palette, which is better drawn."""
     if not value:
         return "none"
     if isinstance(value, Mapping):
         return "\n".join(f"{name.replace('_', ' ')} {number:.4g}" for name, number in value.items())
     if isinstance(value, str):
         return value
-    return ", ".join(str(item["name"]) for item in value if isinstance(item, Mapping))
+    return "\n".join(f"{item['name']} {item['x']:.2f} {item['y']:.2f}" for item in value if isinstance(item, Mapping))
 
 
 def data_uri(image: Image.Image) -> str:

@@ -6,7 +6,7 @@ source of another sample. Grids are predicted in one parallel pass with all toke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,18 @@ def complete_samples(dataset: Any, names: Sequence[str], n: int, seed: int) -> d
         if len(chosen) == n:
             return chosen
     raise ValueError(f"only {len(chosen)} of {len(dataset)} samples hold all of {', '.join(names)}; {n} are needed")
+
+
+def raw_samples(raw: Any, chosen: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The raw samples that belong to token samples (by index); ValueError where the keys differ."""
+    scenes = [raw[index] for index in chosen]
+    for scene, sample in zip(scenes, chosen.values(), strict=True):
+        if scene["__key__"] != sample["__key__"]:
+            raise ValueError(
+                f"raw data has {scene['__key__']!r} where the tokens have {sample['__key__']!r}; "
+                "both must be the same split in the same order"
+            )
+    return scenes
 
 
 def bits_per_row(model: FourM, batch: MaskedBatch, context: Context) -> np.ndarray:

@@ -122,7 +122,7 @@ def heat_map(matrix: Matrix) -> dict[str, Any]:
                 continue
             low, high = row[target]["ci95"]
             share = 100 * row[target]["gain_bits"] / max(nothing[target], 1e-9)
-            cells.append(row[target] | {"low": low, "high": high, "share": share, "clear": low > 0})
+            cells.append(row[target] | {"low": low, "high": high, "share": share, "sure": not low <= 0 <= high})
         rows.append((source, cells))
     top = max((cell["share"] for _, cells in rows for cell in cells if cell), default=1)
     return {"targets": targets, "rows": rows, "nothing": nothing, "top": max(top, 1e-9)}
@@ -186,7 +186,7 @@ def loss_curves(records: Sequence[Mapping[str, Any]]) -> str:
     parts = {name: points for name, points in series.items() if name not in whole}
     held_out = {name: points for name, points in parts.items() if not name.startswith(("loss", "train"))}
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
-        drawing = Drawing(figsize=(9, 3.1), layout="constrained")
+        drawing = Drawing(figsize=(11, 3.1), layout="constrained")
         panels = [part for part in (whole, held_out or parts) if part]
         axes = drawing.subplots(1, max(1, len(panels)), squeeze=False)[0]
         for axis, lines in zip(axes, panels, strict=False):
@@ -194,7 +194,7 @@ def loss_curves(records: Sequence[Mapping[str, Any]]) -> str:
                 axis.plot(*np.array(points).T, color=LINES[number % len(LINES)], lw=1.4, label=name,
                           ls=("-", "--", ":")[number // len(LINES) % 3])  # fmt: skip
             axis.set_xlabel("step", color=INK)
-            axis.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=1 + len(lines) // 8)
+            axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="center left", bbox_to_anchor=(1, 0.5))
             axis.tick_params(colors=INK)
             axis.spines[["top", "right"]].set_visible(False)
             axis.spines[["left", "bottom"]].set_color(INK)

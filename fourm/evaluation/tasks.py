@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fourm.evaluation.matrix import complete_samples, raw_sources, raw_targets
+from fourm.evaluation.matrix import complete_samples, raw_samples, raw_sources, raw_targets
 from fourm.evaluation.metrics import BASELINE, COMBINE, CONSTANT, key
 from fourm.evaluation.tokenizers import reconstruct, score, unit
 from fourm.masking.transfer import transfer_batch
@@ -158,7 +158,7 @@ def evaluate_tasks(
         return {}
     names = {sources[task.source] for task in tasks} | {targets[task.target] for task in tasks}
     chosen = complete_samples(tokens, sorted(names), min(config.n, len(tokens)), config.seed)
-    scenes = [_same_sample(raw[index], sample) for index, sample in chosen.items()]
+    scenes = raw_samples(raw, chosen)
     order = np.random.default_rng(config.seed).permutation(len(train))[: config.train_n]
     training = [train[int(index)] for index in order]
 
@@ -215,12 +215,3 @@ def _mask(region: Region | None, scenes: Sequence[dict[str, Any]], target: str) 
 def _pixels(pictures: np.ndarray, where: np.ndarray | None) -> np.ndarray:
     """(B, H, W) or (B, H, W, C) as (P,) or (P, C), of the region only."""
     return pictures.reshape(-1, *pictures.shape[3:]) if where is None else pictures[where]
-
-
-def _same_sample(scene: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any]:
-    if scene["__key__"] != sample["__key__"]:
-        raise ValueError(
-            f"raw data has {scene['__key__']!r} where the tokens have {sample['__key__']!r}; "
-            "both must be the same split in the same order"
-        )
-    return scene

@@ -88,7 +88,7 @@ class Sampler:
     """Generates with a `FourM` (or anything with its methods).
 
     Args:
-        model: The model; its device and precision are used as they are.
+        model: The model, on any device. Dropping paths is switched off while it generates.
     """
 
     def __init__(self, model: Any):
@@ -136,20 +136,25 @@ class Sampler:
     ) -> Iterator[tuple[Step, dict[str, Given]]]:
         """As `generate`, but yields each step and what is known after it."""
         device = next(self.model.parameters()).device
-        self._check(known, plan, conditions)
+        self._check(known, plan, num_samples, conditions)
         rows = num_samples * len(next(iter(known.values()))) if known else num_samples
         state = {name: given.to(device).repeat(num_samples) for name, given in known.items()}
         conditions = [{name: g.to(device).repeat(num_samples) for name, g in extra.items()} for extra in conditions]
         generator = torch.Generator(device).manual_seed(seed)
         settled: dict[str, int] = {}
-        for step in plan:
-            state.setdefault(step.target, _nothing(self.space[step.target], rows, device))
-            if self.space[step.target].kind == "text":
-                state[step.target] = self._write(step, state, conditions, generator)
-            else:
-                settled[step.target] = settled.get(step.target, 0) + (step.count or 0)
-                state[step.target] = self._fill(step, settled[step.target], state, conditions, generator)
-            yield step, dict(state)
+        training = self.model.training
+        self.model.eval()
+        try:
+            for step in plan:
+                state.setdefault(step.target, _nothing(self.space[step.target], rows, device))
+                if self.space[step.target].kind == "text":
+                    state[step.target] = self._write(step, state, conditions, generator)
+                else:
+                    settled[step.target] = settled.get(step.target, 0) + (step.count or 0)
+                    state[step.target] = self._fill(step, settled[step.target], state, conditions, generator)
+                yield step, dict(state)
+        finally:
+            self.model.train(training)
 
     def _fill(self, step: Step, goal: int, state: State, conditions: Sequence[State], generator: Any) -> Given:
         """Settles positions of a grid until `goal` of them are known in every row."""
@@ -228,7 +233,9 @@ class Sampler:
             return rows, ()
         return [base, *rows], step.guidance
 
-    def _check(self, known: State, plan: Plan, conditions: Sequence[State]) -> None:
+    def _check(self, known: State, plan: Plan, num_samples: int, conditions: Sequence[State]) -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}, expected at least 1")
         sizes: dict[str, int] = {}
         for name, given in (item for entries in (known, *conditions) for item in entries.items()):
             _check_given(name, self.space[name], given)

@@ -39,7 +39,7 @@ class InputConfig:
         low: Smallest value of a `field`; smaller ones are clipped.
         high: Largest value of a `field`; larger ones are clipped.
         offset: Subtracted from a `field`.
-        scale: Divides a `field` after that.
+        scale: Divides a `field` after that, or the vectors of a `normal` (small where they are almost upright).
         units: Unit of a `field`, for people.
         classes: Number of classes.
         values: Raw value of each class; default 0, 1, 2, ...
@@ -168,8 +168,8 @@ def _field(raw: np.ndarray | Sequence[np.ndarray], config: InputConfig) -> Tenso
 
 
 def _normal(raw: np.ndarray | Sequence[np.ndarray], config: InputConfig) -> Tensor:
-    """uint8-coded unit vectors (B, H, W, 3) to unit vectors (B, 3, H, W)."""
-    return F.normalize(_image(raw, config), dim=1)
+    """uint8-coded unit vectors (B, H, W, 3) to unit vectors over `scale` (B, 3, H, W)."""
+    return F.normalize(_image(raw, config), dim=1) / config.scale
 
 
 def _classes(raw: np.ndarray | Sequence[np.ndarray], config: InputConfig) -> Tensor:
@@ -371,7 +371,6 @@ class TokenizerLoss(nn.Module):
             "loss/quantizer": own.detach(),
             "batch_codebook_use": (len(x) / counts[0]) * used,
         }
-
 
     def _pixels(self) -> tuple[slice, slice]:
         """In training with many classes every other row and column from a random start: the same mean, cheaper."""

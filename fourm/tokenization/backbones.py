@@ -146,12 +146,9 @@ class Decoder(nn.Module):
         self.patches = nn.Linear(config.width, channels * config.patch_size**2)
         self.smooth = None
         if config.smooth:
-            self.smooth = nn.Sequential(
-                nn.Conv2d(channels, config.smooth, 3, padding=1),
-                nn.GELU(),
-                nn.Conv2d(config.smooth, channels, 3, padding=1),
-            )
-            nn.init.zeros_(self.smooth[2].weight)
+            last = nn.Conv2d(config.smooth, channels, 3, padding=1)
+            nn.init.zeros_(last.weight)
+            self.smooth = nn.Sequential(nn.Conv2d(channels, config.smooth, 3, padding=1), nn.GELU(), last)
 
     def forward(self, latents: Tensor) -> Tensor:
         """(B, n, d) to (B, C, H, W)."""

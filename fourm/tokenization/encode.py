@@ -86,7 +86,7 @@ def encode_samples(
     Grids become (1, n) ids (one crop), texts (L,) ids, continuous modalities keep their raw value.
 
     Raises:
-        ValueError: A value its tokenizer refuses; names the modality and the samples.
+        ValueError: A value its tokenizer refuses; names the modality and the sample.
     """
     encoded: list[dict[str, Any]] = [{"__key__": sample["__key__"]} for sample in samples]
     for name, row in space.modalities.items():
@@ -95,9 +95,9 @@ def encode_samples(
         if row.discrete:
             try:
                 values = list(tokenizers[name].encode(raw))
-            except ValueError as error:
-                keys = f"{samples[0]['__key__']!r} to {samples[-1]['__key__']!r}"
-                raise ValueError(f"{name}, samples {keys}: {error}") from error
+            except ValueError:
+                _name_the_first_bad_one(name, raw, samples, tokenizers[name])
+                raise
         if row.kind == "grid":
             values = [ids[None].numpy().astype(id_dtype(row.vocab_size)) for ids in values]
         elif row.kind == "text":
@@ -105,6 +105,16 @@ def encode_samples(
         for sample, value in zip(encoded, values, strict=True):
             sample[name] = value
     return encoded
+
+
+def _name_the_first_bad_one(
+    name: str, raw: Sequence[Any], samples: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
+) -> None:
+    for value, sample in zip(raw, samples, strict=True):
+        try:
+            tokenizer.encode([value])
+        except ValueError as error:
+            raise ValueError(f"{name}, sample {sample['__key__']!r}: {error}") from error
 
 
 def id_dtype(vocab_size: int) -> type[np.integer]:

@@ -67,4 +67,4 @@ def class_weights(values: tuple[float, ...], classes: int, device: torch.device)
         return None
     if len(values) != classes:
         raise ValueError(f"{len(values)} class weights for {classes} classes, expected one for each")
-    return torch.tensor(values, device=device)
+    return torch.tensor(values, dtype=torch.float32, device=device)

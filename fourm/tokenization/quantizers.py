@@ -77,9 +77,7 @@ QUANTIZERS: dict[str, Callable[[QuantizerConfig], nn.Module]] = {
     "lfq": lambda config: LFQ(
         codebook_size=config.codebook_size, entropy_loss_weight=config.weight, commitment_loss_weight=config.weight
     ),
-    "simvq": lambda config: SimVQ(
-        dim=config.dim, codebook_size=config.codebook_size, commitment_weight=config.weight
-    ),
+    "simvq": lambda config: SimVQ(dim=config.dim, codebook_size=config.codebook_size, commitment_weight=config.weight),
 }
 
 

@@ -156,8 +156,8 @@ class PlacesCodec:
 
 
 def _tidy(name: str) -> str:
-    """One space between words and none around hyphens and apostrophes, where a text tokenizer splits."""
-    return re.sub(r"\s*(['’-])\s*", r"\1", " ".join(name.split()))
+    """One space between words, none around them."""
+    return " ".join(name.split())
 
 
 CODECS: dict[str, Callable[[CodecConfig], Codec]] = {

@@ -1,13 +1,14 @@
 """The text tokenizer: one Hugging Face WordPiece for captions and for every structured modality.
 
-Ids as in 4M: 0 `[PAD]`, 1 `[UNK]`, 2 `[SOS]`, 3 `[EOS]`, then the sentinels `[S_0]`, `[S_1]`, ..., then the number words
-`v0=0` ... `v3=<bins - 1>`, then learned pieces.
+Ids as in 4M: 0 `[PAD]`, 1 `[UNK]`, 2 `[SOS]`, 3 `[EOS]`, then the sentinels `[S_0]`, `[S_1]`, ..., then the number
+words `v0=0` ... `v3=<bins - 1>`, then learned pieces.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -25,6 +26,11 @@ from fourm.tokenization.structured import CODECS, CodecConfig
 
 CONTROL = ("[PAD]", "[UNK]", "[SOS]", "[EOS]")
 EOS = CONTROL.index("[EOS]")
+# Letters that get pieces of their own, at the start of a word and inside one, whether they occur in the texts or not:
+# a word with a letter that has none is [UNK] as a whole.
+LETTERS = [letter for letter in map(chr, range(0x100)) if letter.isalnum()]
+SPLIT = re.compile(r"\s*([-'’/])\s*")
+AFTER_WORD = re.compile(r"\s+([:;)])")
 ROLES = 4  # number words are v0=..., v1=..., v2=..., v3=...
 
 
@@ -54,7 +60,7 @@ def train_text_tokenizer(
     tokenizer.pre_tokenizer = BertPreTokenizer()
     tokenizer.decoder = WordPieceDecoder()
     trainer = WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(chain((letter * 2 for letter in LETTERS), texts), trainer)
     return tokenizer
 
 
@@ -78,12 +84,8 @@ class TextTokenizer:
         largest = max(codec.bins, len(codec.fields)) - 1
         if codec.codec != "caption" and tokenizer.token_to_id(f"v0={largest}") is None:
             raise ValueError(f"{codec.codec} needs the number word 'v0={largest}', which this text tokenizer lacks")
-        self._dropped = [tokenizer.token_to_id(word) for word in ("[PAD]", "[SOS]")]
-        for index in range(self.vocab_size):
-            sentinel = tokenizer.token_to_id(f"[S_{index}]")
-            if sentinel is None:
-                break
-            self._dropped.append(sentinel)
+        words = tokenizer.get_vocab()
+        self._dropped = [index for word, index in words.items() if word in ("[PAD]", "[SOS]") or word[:3] == "[S_"]
 
     def encode(self, raw: Sequence[Any]) -> list[np.ndarray]:
         """Values to ids, int32 (length,) each, without `[EOS]` and sentinels.
@@ -104,14 +106,14 @@ class TextTokenizer:
         return [self.codec.from_text(text) for text in self.decode_text(ids)]
 
     def decode_text(self, ids: Iterable[Sequence[int]]) -> list[str]:
-        """Ids up to `[EOS]` to plain text."""
+        """Ids up to `[EOS]` to plain text, with the spaces taken out that words were split at."""
         kept = []
         for row in ids:
-            row = np.asarray(row, np.int64)
-            ends = np.flatnonzero(row == EOS)
-            row = row[: ends[0]] if ends.size else row
-            kept.append(row[~np.isin(row, self._dropped)].tolist())
-        return self.tokenizer.decode_batch(kept, skip_special_tokens=False)
+            array = np.asarray(row, np.int64)
+            before_end = array[: np.argmax(array == EOS)] if EOS in array else array
+            kept.append(before_end[~np.isin(before_end, self._dropped)].tolist())
+        texts = self.tokenizer.decode_batch(kept, skip_special_tokens=False)
+        return [SPLIT.sub(r"\1", AFTER_WORD.sub(r"\1", text)) for text in texts]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json`, `tokenizer.json` and a card."""
@@ -140,7 +142,7 @@ def fit_text_tokenizers(
     vocab_size: int,
     bins: int,
     sentinels: int,
-    lowercase: bool = True,
+    lowercase: bool = False,
 ) -> dict[str, TextTokenizer]:
     """One WordPiece fitted on all text modalities of the samples, with one tokenizer per modality around it.
 
@@ -150,7 +152,7 @@ def fit_text_tokenizers(
         vocab_size: As in `train_text_tokenizer`, like the others.
         bins: See there.
         sentinels: See there.
-        lowercase: See there.
+        lowercase: See there. Off, names of places come back as they were.
     """
     writers = {name: CODECS[config.codec](config) for name, config in codecs.items()}
     texts = chain.from_iterable(

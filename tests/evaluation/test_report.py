@@ -162,7 +162,9 @@ def test_in_painting_keeps_what_was_given(monkeypatch):
 
 def test_words():
     assert words({"mean_height": 12.3456, "n": 3}) == "mean height 12.35\nn 3"
-    assert words([{"name": "Bern", "x": 0, "y": 0}, {"name": "Thun", "x": 1, "y": 1}]) == "Bern, Thun"
+    assert (
+        words([{"name": "Bern", "x": 0, "y": 0}, {"name": "Thun", "x": 1, "y": 1}]) == "Bern 0.00 0.00\nThun 1.00 1.00"
+    )
     assert words([]) == "none"
     assert words([[1, 2, 3]]) == ""
 
@@ -177,7 +179,7 @@ def test_heat_map_shares():
     heat = heat_map(MATRIX)
     assert heat["targets"] == ["rgb", "water"] and heat["top"] == 75
     (_, (own, cell)), (_, (other, _)) = heat["rows"]
-    assert own is None and cell["share"] == 75 and cell["clear"] and not other["clear"]
+    assert own is None and cell["share"] == 75 and cell["sure"] and not other["sure"]
 
 
 def test_figures_pair_each_value_with_its_constant_and_bound():
@@ -214,6 +216,7 @@ def test_page_is_self_contained_escapes_text_and_leaves_out_what_is_missing(tmp_
     assert not re.search(r"https?://(?!www\.w3\.org|purl\.org|creativecommons\.org)", html)
     for part in ("1.50", "93 %", "make demo", "Blue Marble", "currentColor", "val/loss", "In-painting", "Guidance"):
         assert part in html
+    assert html.count('class="dim "') == 1  # water -> rgb: the interval includes zero
     bare = write_report(tmp_path / "bare.html", {}).read_text()
     assert "In-painting" not in bare and "Any-to-any matrix" not in bare
 

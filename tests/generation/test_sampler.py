@@ -231,6 +231,14 @@ def test_rows_of_several_samples(model):
     assert torch.equal(tripled, single.repeat_interleave(3, 0))
 
 
+def test_the_model_is_left_as_it_was(model):
+    model.train()
+    Sampler(model).generate({}, chain(SPACE, [Target("depth", steps=1)]))
+    assert model.training and not model.eval().training
+    with pytest.raises(ValueError, match="num_samples is 0"):
+        Sampler(model).generate({}, chain(SPACE, [Target("depth", steps=1)]), num_samples=0)
+
+
 @pytest.mark.parametrize("names", [[], ["depth"], ["caption", "rgb"], ["rgb", "depth", "caption", "features"]])
 def test_what_the_encoder_sees_is_what_masking_gives(names):
     """Same tokens as `transfer_batch`, in the same slots."""

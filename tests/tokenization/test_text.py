@@ -12,8 +12,9 @@ from fourm.tokenization.structured import CodecConfig
 from fourm.tokenization.text import TextTokenizer, fit_text_tokenizers, train_text_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared"
+PLACES = [{"name": "Lima", "x": 0.1, "y": 0.9}, {"name": "Port-au-Prince São N'Da", "x": 0.5, "y": 0.5}]
 SAMPLES = [
-    {"caption": "A hilly coast in Peru, near Lima.", "places": [{"name": "Lima", "x": 0.1, "y": 0.9}]},
+    {"caption": "Peru: a warm-summer coast, near Lima.", "places": PLACES},
     {"caption": "Flat desert, no towns at all.", "places": [], "palette": [[1, 2, 3], [250, 251, 252]]},
 ]
 CODECS = {
@@ -57,26 +58,32 @@ def test_values_come_back(fitted):
             tokenizer = fitted[name]
             (back,) = tokenizer.decode(tokenizer.encode([value]))
             if name == "caption":
-                assert back == value.lower()
+                assert back == value
             elif name == "places":
-                assert [place["name"] for place in back] == [place["name"].lower() for place in value]
+                assert [place["name"] for place in back] == [place["name"] for place in value]
                 assert all(abs(b["x"] - v["x"]) <= 1 / 32 for b, v in zip(back, value, strict=True))
             else:
                 assert np.abs(np.array(back) - np.array(value)).max() <= 2
     assert {tokenizer.vocab_size for tokenizer in fitted.values()} == {fitted["caption"].vocab_size}
 
 
+def test_lowercase_folds_case_and_accents():
+    tokenizer = fit_text_tokenizers([{"c": "São"}], {"c": CodecConfig("caption")}, 60, 4, 4, lowercase=True)["c"]
+    assert tokenizer.decode(tokenizer.encode(["SÃO"])) == ["sao"]
+
+
 def test_decoding_stops_at_eos_and_drops_sentinels(fitted):
     caption = fitted["caption"]
-    ids = caption.encode(["flat desert"])[0].tolist()
-    assert caption.decode([[5, *ids, 6, 3, *ids], [], [3], [0, 2]]) == ["flat desert", "", "", ""]
+    ids = caption.encode(["Flat desert"])[0].tolist()
+    assert caption.decode([[5, *ids, 6, 3, *ids], [], [3], [0, 2]]) == ["Flat desert", "", "", ""]
 
 
 def test_folder_round_trip(fitted, tmp_path):
     fitted["places"].save_pretrained(tmp_path / "places")
     loaded = load_tokenizer(tmp_path / "places")
     assert isinstance(loaded, TextTokenizer) and loaded.config == CODECS["places"]
-    assert loaded.encode([SAMPLES[0]["places"]])[0].tolist() == fitted["places"].encode([SAMPLES[0]["places"]])[0].tolist()
+    places = [SAMPLES[0]["places"]]
+    assert loaded.encode(places)[0].tolist() == fitted["places"].encode(places)[0].tolist()
 
 
 def test_errors(fitted):
