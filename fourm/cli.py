@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     verb, *options = words
     if verb not in VERBS:
-        _refuse(f"fourm: there is no verb {verb!r}{_nearest([verb], VERBS)}; allowed are {', '.join(VERBS)}")
+        _refuse(f"fourm: there is no verb {verb!r}{_nearest(verb, VERBS)}; allowed are {', '.join(VERBS)}")
     module = importlib.import_module(f"fourm.verbs.{verb.replace('-', '_')}")
     module.run(read(module.Config, options, verb))
 
@@ -49,20 +50,26 @@ def read(config: Any, options: Sequence[str], verb: str = "") -> Any:
     parser.add_class_arguments(config, as_group=False)
     try:
         values = parser.instantiate(parser.parse_args(list(options)))
-    except ArgumentError as error:
+        values.pop("config")
+        return config(**values)
+    except (ArgumentError, ValueError) as error:
+        message = re.sub(r"<class '(\w+)'>|typing\.", r"\1", " ".join(str(error).split()))
         known = [key for action in parser._actions for key in (action.dest, action.dest.rpartition(".")[2])]
-        given = [word.removeprefix("--") for word in re.findall(r"--[\w.]+|(?<=')[\w.]+(?=')", str(error))]
-        _refuse(f"fourm {verb}: {error}{_nearest([word for word in given if word not in known], known)}")
-    values.pop("config")
-    return config(**values)
+        _refuse(f"fourm {verb}: {message}{_nearest_key(message, known)}")
 
 
-def _nearest(given: Sequence[str], allowed: Any) -> str:
-    for word in given:
-        close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
-        if close:
-            return f" (did you mean {close[0]!r}?)"
-    return ""
+def _nearest_key(message: str, known: Sequence[str]) -> str:
+    """The key that was meant, where jsonargparse says that there is none of a name."""
+    unknown = re.search(r"(?:unrecognized arguments: --|option ')([\w.]+)", message, re.IGNORECASE)
+    item = re.search(r"class_path '([\w.]+)\.(\w+)'", message)  # of a list of dataclasses
+    if item:
+        known = list(inspect.signature(getattr(importlib.import_module(item[1]), item[2])).parameters)
+    return _nearest(unknown[1], known) if unknown else ""
+
+
+def _nearest(word: str, allowed: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _refuse(message: str) -> NoReturn:

@@ -55,7 +55,7 @@ def run(config: PipelineConfig) -> None:
     fingerprint = ""
     for number, step in enumerate(config.steps, start=1):
         title = f"[{number}/{len(config.steps)}] {step.name}"
-        commands = [command.format(folder=config.folder) for command in step.run]
+        commands = [command.replace("{folder}", config.folder) for command in step.run]
         fingerprint = _fingerprint(fingerprint, commands)
         record = records / f"{step.name}.json"
         if record.exists() and json.loads(record.read_text())["fingerprint"] == fingerprint:
@@ -98,6 +98,8 @@ def _fingerprint(before: str, commands: list[str]) -> str:
 def _call(command: str, threads: int, console: Lock) -> None:
     """Runs one command and passes its lines on (progress bars redraw with carriage returns, which count as lines)."""
     words = shlex.split(command)
+    recipe = Path(words[words.index("--config") + 1]) if "--config" in words else Path(words[0])
+    label = recipe.parent.name if recipe.stem == "recipe" else words[0]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "5"}
     process = subprocess.Popen(
         [sys.executable, "-m", "fourm", *words],
@@ -113,7 +115,7 @@ def _call(command: str, threads: int, console: Lock) -> None:
         if line.strip():
             last = [*last[-20:], line.rstrip()]
             with console:
-                print(f"  {words[0]}: {line.rstrip()}", flush=True)
+                print(f"  {label}: {line.rstrip()}", flush=True)
     if process.wait():
         said = "\n".join(last)
         raise ValueError(f"`fourm {command}` failed with exit status {process.returncode}; it said:\n{said}")

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from fourm.data.shards import shard_name, write_shards
@@ -362,8 +363,13 @@ def draw_place(sources: Sources, split: int, rng: np.random.Generator) -> tuple[
 
 
 def normals(elevation: np.ndarray, metres_per_pixel: float) -> np.ndarray:
-    """Unit normals (H, W, 3) (east, north, up) of heights in metres (H, W), 30x exaggerated."""
-    south, east = np.gradient(elevation.astype(np.float32) * (EXAGGERATION / metres_per_pixel))
+    """Unit normals (H, W, 3) (east, north, up) of heights in metres (H, W), 30x exaggerated.
+
+    The raster knows heights in steps of 28 m, which would make terraces of every plain: slopes are those of heights
+    blurred by one pixel.
+    """
+    heights = gaussian_filter(elevation.astype(np.float32), 1.0)
+    south, east = np.gradient(heights * (EXAGGERATION / metres_per_pixel))
     normal = np.stack([-east, south, np.ones_like(east)], -1)
     return normal / np.linalg.norm(normal, axis=-1, keepdims=True)
 

@@ -15,7 +15,7 @@ from fourm.modalities import TokenSpace
 
 
 def sincos(positions: Tensor, dim: int) -> Tensor:
-    """(P,) -> (P, dim): sines, then cosines, of geometrically falling frequencies (Vaswani et al. 2017, section 3.5)."""
+    """(P,) -> (P, dim): sines, then cosines, of falling frequencies (Vaswani et al. 2017, section 3.5)."""
     half = dim // 2
     frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = positions.to(torch.float64)[:, None] * frequency

@@ -362,7 +362,7 @@ class TokenizerLoss(nn.Module):
         rows, columns = self._pixels()
         output, ids, quantizer_loss = self.tokenizer(x, (rows, columns))
         weights = class_weights(config.class_weights, config.input.classes, x.device)
-        reconstruction = LOSSES[config.loss](output, x[..., rows, columns], weights).sum() / counts[0]
+        reconstruction = LOSSES[config.loss](output.float(), x[..., rows, columns], weights).sum() / counts[0]
         own = quantizer_loss * (len(x) / counts[0])
         used = ids.detach().unique().numel() / self.tokenizer.vocab_size
         return {

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ, LFQ, SimVQ, VectorQuantize
 
@@ -101,12 +102,10 @@ class Quantizer(nn.Module):
         Returns:
             Quantized latents (B, n, d), ids (B, n) int64, and the quantizer's own loss (scalar, 0 for FSQ).
         """
-        z = self.norm(z.flatten(0, 1)).view_as(z)
-        if self.config.type == "fsq":
-            quantized, ids = self.layer(z)
-            return quantized, ids.long(), z.new_zeros(())
-        quantized, ids, loss = self.layer(z)
-        return quantized, ids.long(), loss.sum()
+        with torch.autocast(z.device.type, enabled=False):  # nearest codes and moving averages need full precision
+            z = self.norm(z.float().flatten(0, 1)).view_as(z)
+            quantized, ids, *loss = self.layer(z)
+        return quantized, ids.long(), sum((part.sum() for part in loss), z.new_zeros(()))
 
     def codes(self, ids: Tensor) -> Tensor:
         """Latents (B, n, d) of ids (B, n): exactly what `forward` returned for them."""

@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 from fourm.data.shards import EXTENSIONS, extension_of
 from fourm.generation.decode import decode, picture
 from fourm.generation.plan import Target, chain
-from fourm.generation.sampler import Sampler, from_samples
+from fourm.generation.sampler import Given, Sampler, from_samples
+from fourm.modalities import TokenSpace
 from fourm.model.fourm import FourM
 from fourm.tokenization.encode import encode_samples, load_tokenizers, source_of
 from fourm.tokenization.text import TextTokenizer
@@ -51,8 +52,7 @@ def run(config: Config) -> None:
         raise ValueError(f"given {', '.join(unknown)}: allowed are {', '.join(names)}")
     raw = {name: read(value) for name, value in config.given.items()}
     space = model.space.subset([names[name] for name in raw]) if raw else None
-    samples = encode_samples([{"__key__": "given"} | raw], space, tokenizers) if space else []
-    known = from_samples(model.space, samples, list(space.names)) if space else {}
+    known = encode_given(raw, space, tokenizers) if space else {}
     plan = chain(model.space, config.targets)
     ids = Sampler(model).generate(known, plan, seed=config.seed, num_samples=config.num_samples)
     values = decode(ids, tokenizers)
@@ -70,6 +70,15 @@ def run(config: Config) -> None:
     ]
     sheet([*raw, *values], rows).save(output / "picture.png")
     print(f"{output}: {config.num_samples} x {', '.join(values)}, and picture.png")
+
+
+def encode_given(raw: Mapping[str, Any], space: TokenSpace, tokenizers: Mapping[str, Any]) -> dict[str, Given]:
+    """Raw inputs as the sampler wants them; `space` holds the modalities that they become."""
+    (sample,) = encode_samples([{"__key__": "given"} | dict(raw)], space, tokenizers)
+    for name in space.names:
+        if space[name].kind == "grid":
+            sample[name] = sample[name][0]  # of one crop
+    return from_samples(space, [sample], space.names)
 
 
 def read(value: str) -> Any:

@@ -13,6 +13,14 @@ from fourm.evaluation.report import write_report
 from fourm.model.fourm import FourM
 from fourm.tokenization.encode import load_tokenizers, source_of
 
+MADE_BY = {  # parts of the page, and the verbs whose commands are shown below them
+    "matrix": ("evaluate",),
+    "tasks": ("evaluate",),
+    "tokenizers": ("tokenizer", "text-tokenizer"),
+    "train": ("train",),
+    "generate": ("generate",),
+}
+
 
 @dataclass(kw_only=True)
 class Config:
@@ -23,9 +31,9 @@ class Config:
         tokenizers: Folder with its tokenizers.
         data: Root of the raw data.
         tokens: Root of the token data.
-        metrics: JSON file that `fourm evaluate` wrote.
+        metrics: JSON file that `fourm evaluate` wrote; gets the pipeline's `seconds` added.
         output: The page.
-        runs: Folders of training runs, by the name their curves get.
+        run: Folder of the training run, for its loss curves.
         pipeline: Folder of the pipeline that made all this; its commands and times are shown.
         gallery: How the pictures are made.
         title: Headline.
@@ -37,7 +45,7 @@ class Config:
     tokens: str
     metrics: str
     output: str
-    runs: dict[str, str] = field(default_factory=dict)
+    run: str | None = None
     pipeline: str | None = None
     gallery: GalleryConfig = field(default_factory=GalleryConfig)
     title: str = "fourm"
@@ -54,14 +62,17 @@ def run(config: Config) -> None:
     commands: dict[str, str] = {}
     if config.pipeline:
         metrics["seconds"] = pipeline.seconds(config.pipeline)
-        done = pipeline.commands(config.pipeline)
-        commands = {step: "\n".join(f"fourm {command}" for command in made) for step, made in done.items()}
+        Path(config.metrics).write_text(json.dumps(metrics, indent=2) + "\n")
+        made = [command for commands in pipeline.commands(config.pipeline).values() for command in commands]
+        for part, verbs in MADE_BY.items():
+            lines = [f"fourm {command}" for command in made if command.partition(" ")[0] in verbs]
+            commands[part] = "\n".join(lines)
     card = Path(config.data) / "card.json"
     path = write_report(
         config.output,
         metrics,
         Gallery(model, tokenizers, raw, tokens, config.gallery),
-        {name: logbook.read(folder) for name, folder in config.runs.items()},
+        {"Any-to-any model": logbook.read(config.run)} if config.run else {},
         commands,
         json.loads(card.read_text()) if card.exists() else None,
         config.title,

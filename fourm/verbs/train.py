@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
@@ -31,14 +31,14 @@ class Config(TrainConfig):
         masking: What is given and what is asked.
         loss: `mod`, the mean of the modalities' means, or `token`, the mean over tokens.
         on_error: What bad samples do: `raise`, or `skip` and count.
-        val_batches: Batches of the held-out loss.
+        val_batches: Batches (of `batch_size` samples) of the held-out loss.
     """
 
     data: str
     modalities: str
     folder: str
+    model: FourMConfig
     masking: MaskingConfig
-    model: FourMConfig = field(default_factory=FourMConfig)
     loss: Literal["mod", "token"] = "mod"
     on_error: Literal["raise", "skip"] = "raise"
     val_batches: int = 8
@@ -58,7 +58,9 @@ def run(config: Config) -> None:
     train, val = (TokenDataset(Path(config.data) / split, space, config.on_error) for split in ("train", "val"))
     size, rank, processes = config.loader_batch(joined.num_processes), joined.process_index, joined.num_processes
     loader = Loader(train, size, masker, config.seed, config.workers, rank, processes)
-    held_out = HeldOutLoss(task, Loader(val, size, masker, config.seed), config.val_batches)
+    # The same held-out samples for any number of processes, which share them out.
+    batches = config.val_batches * config.batch_size // size
+    held_out = HeldOutLoss(task, Loader(val, size, masker, config.seed), batches)
     trainer = Trainer(config, task, loader, {"val": held_out}, folder)
     trainer.fit()
     if joined.is_main_process:
