@@ -226,7 +226,7 @@ def test_report_is_one_page_that_loads_nothing(run, metrics, monkeypatch):
     pipeline.run(pipeline.PipelineConfig(str(run.root), [pipeline.Step("measure", [command])]))
     fourm(
         *("report", "--model", run.model / "model", "--tokenizers", run.tokenizers, "--data", run.data),
-        *("--tokens", run.tokens, "--metrics", metrics, "--output", output, "--runs.model", run.model),
+        *("--tokens", run.tokens, "--metrics", metrics, "--output", output, "--run", run.model),
         *("--gallery.samples", 1, "--gallery.steps", 2, "--gallery.guidance", "[1, 4]", "--title", "A small Earth"),
         *("--pipeline", run.root),
     )

@@ -93,14 +93,14 @@ def mapped_files() -> set[Path]:
     """
     folder, files = ROOT, set()
     text = re.sub(r"https?://\S+|\bruns/\S*", "", section("map"))  # runs/ is there only after a run
+    text = re.sub(r"<\w+>", "*", text)
     for name in re.findall(r"[\w.*-]+(?:/[\w.*-]+)*(?:/(?![\w*])|\.(?:py|html|md|toml|ya?ml|cff)\b)", text):
-        places = [place / name for place in (folder, ROOT / "fourm", ROOT)]
+        tops = [folder, ROOT / "fourm", ROOT]
         if name.endswith("/"):
-            places = [place for place in reversed(places) if place.is_dir()]
-            assert places, f"the map names the folder {name}, which is not there"
-            folder = places[0]
+            folder = next((top / name for top in reversed(tops) if (top / name).is_dir()), None)
+            assert folder, f"the map names the folder {name}, which is not there"
             continue
-        hits = next((found for place in places if (found := sorted(place.parent.glob(place.name)))), [])
+        hits = next((found for top in tops if (found := sorted(top.glob(name)))), [])
         assert hits, f"the map names {name}, which is not there"
         files |= {path.relative_to(ROOT) for path in hits}
     return files
@@ -109,8 +109,9 @@ def mapped_files() -> set[Path]:
 def test_map_names_files_that_exist_and_every_file_of_the_product():
     product = {
         path.relative_to(ROOT)
-        for path in (ROOT / "fourm").rglob("*")
-        if path.suffix in (".py", ".html") and path.name != "__init__.py"
+        for path in (ROOT / "fourm").rglob("*.py")
+        if not path.name.startswith("__") and path.parent.name != "verbs"  # each verb is among the commands
     }
     missing = product - mapped_files()
     assert not missing, f"not on the map: {', '.join(map(str, sorted(missing)))}"
+    assert "verbs/" in section("map")

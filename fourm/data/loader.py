@@ -8,6 +8,7 @@ Because step k can be computed without the steps before it, training resumes by 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -90,17 +91,12 @@ class Loader:
         places = (divmod(first + i * self.world_size, self.samples) for i in range(self.batch_size))
         return [(epoch, int(self._order(epoch)[place])) for epoch, place in places]
 
-    def _all_draws(self, step: int) -> Iterator[list[Draw]]:
-        while True:
-            yield self.draws(step)
-            step += 1
-
     def batches(self, start_step: int = 0) -> Iterator[Any]:
         """Batches from a step on, without end."""
         # With `batch_size=None` the DataLoader hands each item of the sampler (the draws of a step) to the data set.
         loader: DataLoader[Any] = DataLoader(
             self.batches_of,  # type: ignore[arg-type]
-            sampler=self._all_draws(start_step),
+            sampler=map(self.draws, itertools.count(start_step)),
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=self.workers,

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fourm.generation.plan import Plan, Step
+from fourm.generation.plan import Plan, Step, check_fit
 from fourm.generation.sampling import sample
-from fourm.masking.batch import MaskedBatch
-from fourm.masking.collect import Sample, cut_patches, finish, grid_ids, sequences
+from fourm.masking.batch import MaskedBatch, Tokens, assemble
+from fourm.masking.collect import Sample
+from fourm.masking.transfer import check, whole_inputs
 from fourm.modalities import Modality, TokenSpace
 
 
@@ -88,20 +89,15 @@ class Sampler:
     """Generates with a `FourM` (or anything with its methods).
 
     Args:
-        model: The model, on any device. Dropping paths is switched off while it generates.
+        model: The model, on any device; it is put into evaluation mode.
     """
 
     def __init__(self, model: Any):
-        self.model = model
+        self.model = model.eval()
         self.space: TokenSpace = model.space
 
     def generate(
-        self,
-        known: State,
-        plan: Plan,
-        seed: int = 0,
-        num_samples: int = 1,
-        conditions: Sequence[State] = (),
+        self, known: State, plan: Plan, seed: int = 0, num_samples: int = 1, conditions: Sequence[State] = ()
     ) -> dict[str, Tensor | list[Tensor]]:
         """Runs a plan.
 
@@ -127,34 +123,25 @@ class Sampler:
 
     @torch.no_grad()
     def iterate(
-        self,
-        known: State,
-        plan: Plan,
-        seed: int = 0,
-        num_samples: int = 1,
-        conditions: Sequence[State] = (),
+        self, known: State, plan: Plan, seed: int = 0, num_samples: int = 1, conditions: Sequence[State] = ()
     ) -> Iterator[tuple[Step, dict[str, Given]]]:
         """As `generate`, but yields each step and what is known after it."""
         device = next(self.model.parameters()).device
-        self._check(known, plan, num_samples, conditions)
-        rows = num_samples * len(next(iter(known.values()))) if known else num_samples
-        state = {name: given.to(device).repeat(num_samples) for name, given in known.items()}
-        conditions = [{name: g.to(device).repeat(num_samples) for name, g in extra.items()} for extra in conditions]
+        rows = self._check(known, plan, num_samples, conditions) * num_samples
+        state, *extras = (
+            {name: given.to(device).repeat(num_samples) for name, given in part.items()}
+            for part in (known, *conditions)
+        )
         generator = torch.Generator(device).manual_seed(seed)
-        settled: dict[str, int] = {}
-        training = self.model.training
-        self.model.eval()
-        try:
-            for step in plan:
-                state.setdefault(step.target, _nothing(self.space[step.target], rows, device))
-                if self.space[step.target].kind == "text":
-                    state[step.target] = self._write(step, state, conditions, generator)
-                else:
-                    settled[step.target] = settled.get(step.target, 0) + (step.count or 0)
-                    state[step.target] = self._fill(step, settled[step.target], state, conditions, generator)
-                yield step, dict(state)
-        finally:
-            self.model.train(training)
+        settled = dict.fromkeys((step.target for step in plan), 0)
+        for step in plan:
+            state.setdefault(step.target, _nothing(self.space[step.target], rows, device))
+            if step.count and step.scheme != "autoregressive":
+                settled[step.target] += step.count
+                state[step.target] = self._fill(step, settled[step.target], state, extras, generator)
+            else:
+                state[step.target] = self._write(step, state, extras, generator)
+            yield step, dict(state)
 
     def _fill(self, step: Step, goal: int, state: State, conditions: Sequence[State], generator: Any) -> Given:
         """Settles positions of a grid until `goal` of them are known in every row."""
@@ -233,7 +220,8 @@ class Sampler:
             return rows, ()
         return [base, *rows], step.guidance
 
-    def _check(self, known: State, plan: Plan, num_samples: int, conditions: Sequence[State]) -> None:
+    def _check(self, known: State, plan: Plan, num_samples: int, conditions: Sequence[State]) -> int:
+        """Raises the errors of `generate`; the number of rows given."""
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}, expected at least 1")
         sizes: dict[str, int] = {}
@@ -242,25 +230,17 @@ class Sampler:
             sizes[name] = len(given)
         if len(set(sizes.values())) > 1:
             raise ValueError(f"given modalities differ in their number of rows: {sizes}")
-        if conditions and not known:
-            raise ValueError("conditions are given but nothing is known; put an empty text or grid of their rows there")
         settled: dict[str, int] = {}
         for step in plan:
-            row = self.space[step.target]
-            if not row.predicted or (row.kind == "text") != (step.scheme == "autoregressive"):
-                raise ValueError(
-                    f"{step.target!r} (kind {row.kind!r}) cannot be generated by {step.scheme!r}; targets may be "
-                    f"{', '.join(self.space.outputs())}, texts only autoregressive, grids by maskgit or roar"
-                )
+            check_fit(self.space, step.target, step.scheme)
             if any(step.target in extra for extra in conditions):
                 raise ValueError(f"{step.target!r} is a target and part of a condition")
-            for name in step.hidden or ():
-                _ = self.space[name]
-            if row.kind == "grid":
+            if step.scheme != "autoregressive":
                 settled[step.target] = settled.get(step.target, 0) + (step.count or 0)
         for name, count in settled.items():
             if count != self.space[name].length:
                 raise ValueError(f"the steps of {name!r} settle {count} tokens, expected {self.space[name].length}")
+        return next(iter(sizes.values()), 1)
 
 
 def from_samples(space: TokenSpace, samples: Sequence[Sample], names: Sequence[str]) -> dict[str, Given]:
@@ -268,45 +248,25 @@ def from_samples(space: TokenSpace, samples: Sequence[Sample], names: Sequence[s
 
     Args:
         space: The modalities.
-        samples: B token samples; where one lacks a modality, nothing of it is known.
+        samples: B token samples that hold all of the named modalities.
         names: Modalities to give.
 
     Raises:
         ValueError: A modality that cannot be given, or contents that do not fit its row; names the sample.
     """
-    rows = np.arange(len(samples))
+    check(space, samples, names, ())
+    tokens, contents = whole_inputs(space, samples, names)
     known = {}
     for name in names:
-        row = space[name]
-        has = torch.from_numpy(np.array([name in sample for sample in samples], dtype=bool))
-        if row.kind == "grid":
-            ids = torch.from_numpy(grid_ids(space, samples, [name])[:, 0])
-            known[name] = Given(ids, has[:, None].repeat(1, row.length))
-        elif row.kind == "patches":
-            holders = rows[has.numpy()].repeat(row.length)
-            cells = np.tile(np.arange(row.length), int(has.sum()))
-            values = torch.zeros(len(samples), row.length, row.width)
-            values[has] = torch.from_numpy(cut_patches(name, row, samples, holders, cells)).view(
-                -1, row.length, row.width
-            )
-            known[name] = Given(values, has[:, None].repeat(1, row.length))
-        else:
-            known[name] = _sequences_from_samples(space, samples, name)
+        row, own = space[name], tokens.mod == space.number[name]
+        place = tokens.row[own], tokens.pos[own]
+        where = np.zeros((len(samples), row.length if row.grid else place[1].max(initial=-1) + 1), dtype=bool)
+        where[place] = True
+        found = tokens.ids[own] if row.discrete else contents[name]
+        values = np.zeros((*where.shape, *found.shape[1:]), dtype=found.dtype)
+        values[place] = found
+        known[name] = Given(torch.from_numpy(values), torch.from_numpy(where))
     return known
-
-
-def _sequences_from_samples(space: TokenSpace, samples: Sequence[Sample], name: str) -> Given:
-    found = finish(space, sequences(space, samples, [name]))
-    valid = torch.zeros(len(samples), found.ids.shape[1], dtype=torch.bool)
-    valid[found.row] = torch.from_numpy(found.valid)
-    if space[name].kind == "text":
-        values = torch.zeros(valid.shape, dtype=torch.long)
-        values[found.row] = torch.from_numpy(found.ids)
-        return Given(values * valid, valid)
-    floats = torch.zeros(*valid.shape, space[name].dim)
-    if name in found.vectors:
-        floats[valid] = torch.from_numpy(found.vectors[name][found.ids[found.valid] - 1])
-    return Given(floats, valid)
 
 
 def pack(
@@ -317,83 +277,38 @@ def pack(
     target: str = "",
     asked: Tensor | None = None,
 ) -> MaskedBatch:
-    """Lists the known tokens of every view and row, and lays them out on as few slots as the fullest row needs.
+    """Lays the known tokens of every view and row out on as few slots as the fullest row needs.
 
     Args:
         space: The modalities.
         views: V states of B rows each.
         batch_size: B.
-        device: Of the states.
+        device: Where the batch goes.
         target: Grid to predict.
         asked: (B, L) bool, which of its positions; the same in every view.
 
     Returns:
         V * B rows, view after view.
     """
-    given = [(name, _stack(views, name, batch_size)) for name in space.names if space[name].input]
-    lists, floats = [torch.zeros(4, 0, dtype=torch.long, device=device)], {}
-    for name, part in given:
-        if part is not None:
-            lists.append(_tokens(space, name, part.known, part.values if space[name].discrete else None))
-            if not space[name].discrete:
-                floats[name] = part.values[part.known]
-    tokens = torch.cat(lists, 1)
-    mod, pos, ids, slot = _lay_out(tokens, len(views) * batch_size)
-    wanted = lists[0] if asked is None else _tokens(space, target, asked)
-    target_mod, target_pos, _, _ = (part.repeat(len(views), 1) for part in _lay_out(wanted, batch_size))
-    return MaskedBatch(
-        ids=ids,
-        pos=pos,
-        mod=mod,
-        sample=mod.clamp(max=0),
-        target_in=torch.full_like(target_mod, -1),
-        target=torch.zeros_like(target_mod),
-        target_pos=target_pos,
-        target_mod=target_mod,
-        target_sample=target_mod.clamp(max=0),
-        rows=floats,
-        slots={name: slot[tokens[1] == space.number[name]] for name in floats},
-    )
+    nothing = Tokens(*np.zeros((4, 0), dtype=np.int64))
+    given, wanted, contents = [nothing], [nothing], {}
+    for name in space.inputs():
+        shown = [(number * batch_size, view[name]) for number, view in enumerate(views) if name in view]
+        ids = space[name].discrete
+        given += [_tokens(space, name, part.known, part.values if ids else None, start) for start, part in shown]
+        if shown and not ids:
+            contents[name] = torch.cat([part.values[part.known] for _, part in shown]).cpu().numpy()
+    if asked is not None:
+        wanted += [_tokens(space, target, asked, None, number * batch_size) for number in range(len(views))]
+    keys = ("",) * (len(views) * batch_size)
+    return assemble(space, keys, Tokens.join(given), Tokens.join(wanted), contents).to(device)
 
 
-def _stack(views: Sequence[State], name: str, batch_size: int) -> Given | None:
-    """One modality of all views, padded to the longest; None if no view has it."""
-    some = next((view[name] for view in views if name in view), None)
-    if some is None:
-        return None
-    nothing = Given(some.values[:, :0], some.known[:, :0])
-    parts = [view.get(name, nothing) for view in views]
-    length = max(part.known.shape[1] for part in parts)
-    values = some.values.new_zeros(len(views), batch_size, length, *some.values.shape[2:])
-    known = some.known.new_zeros(len(views), batch_size, length)
-    for number, part in enumerate(parts):
-        values[number, :, : part.known.shape[1]] = part.values
-        known[number, :, : part.known.shape[1]] = part.known
-    return Given(values.flatten(0, 1), known.flatten(0, 1))
-
-
-def _tokens(space: TokenSpace, name: str, wanted: Tensor, values: Tensor | None = None) -> Tensor:
-    """The wanted tokens (R, L) as a list: rows of the batch, modality number, row of the position and token tables."""
-    number = space.number[name]
-    row, column = wanted.nonzero(as_tuple=True)
-    place = column if space[name].grid else wanted.cumsum(1)[row, column] - 1
-    ids = torch.zeros_like(row) if values is None else values[row, column] + space.vocabulary(name).start
-    return torch.stack([row, torch.full_like(row, number), place + int(space.position_offset[number]), ids])
-
-
-def _lay_out(tokens: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A list of tokens (4, T) in rows: modality numbers, positions and ids (rows, width), and flat slots (T,)."""
-    order = tokens[0].argsort(stable=True)
-    row = tokens[0, order]
-    count = row.bincount(minlength=rows)
-    width = max(1, int(count.max()))
-    slot = torch.empty_like(order)
-    slot[order] = row * width + torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-    laid = torch.zeros(3, rows * width, dtype=torch.long, device=tokens.device)
-    laid[0] = -1
-    laid[:, slot] = tokens[1:]
-    mod, pos, ids = laid.view(3, rows, width)
-    return mod, pos, ids, slot
+def _tokens(space: TokenSpace, name: str, where: Tensor, values: Tensor | None, first_row: int) -> Tokens:
+    """The marked tokens (R, L) of a modality; their rows count from `first_row`."""
+    row, pos = where.cpu().numpy().nonzero()
+    ids = np.zeros_like(row) if values is None else values.cpu().numpy()[row, pos]
+    return Tokens(row + first_row, np.full_like(row, space.number[name]), pos, ids)
 
 
 def guide(logits: Tensor, weights: Sequence[float]) -> Tensor:
@@ -458,18 +373,14 @@ def _nothing(row: Modality, rows: int, device: torch.device) -> Given:
 def _check_given(name: str, row: Modality, given: Given) -> None:
     """Raises the errors for contents that do not fit a row of the table."""
     length = given.known.shape[1]
-    shape = given.values.shape[:2] if row.discrete else (*given.values.shape[:2], row.width)
-    fits = length == row.length if row.grid else length <= row.max_tokens
-    if not fits or tuple(given.values.shape) != tuple(shape) or given.known.shape != shape[:2]:
+    shape = given.known.shape if row.discrete else (*given.known.shape, row.width)
+    if given.values.shape != shape or not (length == row.length if row.grid else length <= row.max_tokens):
         allowed = f"(rows, {row.length})" if row.grid else f"(rows, at most {row.max_tokens})"
         width = "" if row.discrete else f" of {row.width} floats each"
         raise ValueError(
             f"given {name!r} has values {tuple(given.values.shape)} and known {tuple(given.known.shape)}, "
             f"expected {allowed}{width}"
         )
-    if row.discrete and given.known.any():
-        ids = given.values[given.known]
-        if ids.min() < 0 or ids.max() >= row.vocab_size:
-            raise ValueError(
-                f"given {name!r} has ids in [{ids.min()}, {ids.max()}], expected ids in [0, {row.vocab_size})"
-            )
+    ids = given.values[given.known]
+    if row.discrete and len(ids) and (ids.min() < 0 or ids.max() >= row.vocab_size):
+        raise ValueError(f"given {name!r} has ids in [{ids.min()}, {ids.max()}], expected ids in [0, {row.vocab_size})")

@@ -29,19 +29,13 @@ def shortlist(logits: Tensor, top_k: int | float = 0, top_p: float = 0.0) -> tup
     if not 0 < top_p < 1:
         values, ids = logits.topk(allowed, dim=-1)
         return values, ids
-
-    length = min(SHORTLIST, allowed)
-    while True:
+    for length in (SHORTLIST, size) if allowed == size > SHORTLIST else (allowed,):
         values, ids = logits.topk(length, dim=-1)
-        # Probabilities are those among the `allowed` ids, of which `values` may be only the head.
-        everything = values if allowed < size and length == allowed else logits
-        if length < allowed < size:
-            everything = logits.topk(allowed, dim=-1).values
-        probability = (values - everything.logsumexp(-1, keepdim=True)).exp()
-        before = probability.cumsum(-1) - probability
-        if length == allowed or bool((before[:, -1] > top_p).all()):
-            return values.masked_fill(before > top_p, -torch.inf), ids
-        length = min(8 * length, allowed)
+        share = (values - (logits if allowed == size else values).logsumexp(-1, keepdim=True)).exp()
+        before = share.cumsum(-1) - share
+        if bool((before[:, -1] > top_p).all()):
+            break
+    return values.masked_fill(before > top_p, -torch.inf), ids
 
 
 def draw(probability: Tensor, generator: torch.Generator | None = None) -> Tensor:

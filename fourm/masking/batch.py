@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,8 +84,7 @@ class MaskedBatch:
         return int((self.target_mod >= 0).sum())
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """Tokens of a batch as one flat list; per token, in arrays (T,):
 
     Attributes:
@@ -93,55 +92,64 @@ class Tokens:
         mod: Modality number.
         pos: Position within the modality, from 0.
         ids: Id within the vocabulary of the modality (to predict, in a list of targets); 0 for continuous ones.
-        fed: Id that the decoder is fed, or -1 for the mask token; -1 everywhere if left out.
+        fed: Id that the decoder is fed, or -1 for the mask token (and in a list of inputs).
     """
 
     row: np.ndarray
     mod: np.ndarray
     pos: np.ndarray
     ids: np.ndarray
-    fed: np.ndarray | None = None
-
-    @classmethod
-    def join(cls, lists: Sequence[Tokens]) -> Tokens:
-        """Lists end to end."""
-        fed = [np.full(len(part.row), -1) if part.fed is None else part.fed for part in lists]
-        return cls(
-            row=np.concatenate([part.row for part in lists]),
-            mod=np.concatenate([part.mod for part in lists]),
-            pos=np.concatenate([part.pos for part in lists]),
-            ids=np.concatenate([part.ids for part in lists]),
-            fed=np.concatenate(fed),
-        )
+    fed: np.ndarray
 
 
-def place(space: TokenSpace, tokens: Tokens, rows: int, width: int | None) -> tuple[dict[str, np.ndarray], np.ndarray]:
+class Part(NamedTuple):
+    """What some modalities add to a batch.
+
+    Attributes:
+        inputs: Tokens that are given.
+        targets: Tokens that are asked.
+        contents: Per continuous modality its vectors (K, width), in the order of its tokens in `inputs`.
+    """
+
+    inputs: Tokens
+    targets: Tokens
+    contents: dict[str, np.ndarray]
+
+
+def place(
+    space: TokenSpace, tokens: Tokens, keys: Sequence[str], width: int | None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Lays tokens out in rows, by modality number and, within a modality, in the order they come in.
 
     Args:
         space: The modality table.
         tokens: T tokens.
-        rows: B.
+        keys: Names of the B samples.
         width: Slots of a row; None for as many as the fullest row needs (at least one).
 
     Returns:
         `ids`, `pos`, `mod`, `sample` and `fed`, each (B, width) int64, and the flat slot of each token (T,) int64.
+
+    Raises:
+        ValueError: An id outside of its vocabulary; names the sample.
     """
+    vocab = np.array([max(row.vocab_size, 1) for row in space.modalities.values()])  # continuous ones have only 0
+    for wrong in np.flatnonzero((tokens.ids < 0) | (tokens.ids >= vocab[tokens.mod]))[:1]:
+        name, key = space.names[tokens.mod[wrong]], keys[tokens.row[wrong]]
+        raise ValueError(f"sample {key!r}: {name} has id {tokens.ids[wrong]}, expected [0, {space[name].vocab_size})")
     order = np.argsort(tokens.row * len(space) + tokens.mod, kind="stable")
-    row = tokens.row[order]
+    row, rows = tokens.row[order], len(keys)
     count = np.bincount(row, minlength=rows)
     width = max(1, int(count.max(initial=0))) if width is None else width
-    assert count.max(initial=0) <= width, "more tokens in a row than slots"
     slot = np.empty(len(order), dtype=np.int64)
     slot[order] = row * width + np.arange(len(row)) - (np.cumsum(count) - count)[row]
 
-    fed = np.full(len(slot), -1) if tokens.fed is None else tokens.fed
     columns = {
         "ids": (0, tokens.ids + space.vocab_offset[tokens.mod]),
         "pos": (0, tokens.pos + space.position_offset[tokens.mod]),
         "mod": (-1, tokens.mod),
         "sample": (-1, 0),
-        "fed": (0, np.where(fed < 0, -1, fed + space.vocab_offset[tokens.mod])),
+        "fed": (0, np.where(tokens.fed < 0, -1, tokens.fed + space.vocab_offset[tokens.mod])),
     }
     laid_out = {}
     for name, (empty, values) in columns.items():
@@ -152,24 +160,29 @@ def place(space: TokenSpace, tokens: Tokens, rows: int, width: int | None) -> tu
 
 def assemble(
     space: TokenSpace,
-    keys: tuple[str, ...],
-    inputs: Tokens,
-    targets: Tokens,
-    contents: Mapping[str, np.ndarray],
+    samples: Sequence[Mapping[str, Any]],
+    parts: Sequence[Part],
     widths: tuple[int | None, int | None] = (None, None),
 ) -> MaskedBatch:
-    """Builds the batch of B samples out of flat lists of tokens.
+    """Builds the batch of B samples.
 
     Args:
         space: The modality table.
-        keys: Names of the B samples.
-        inputs: Tokens that are given.
-        targets: Tokens that are asked.
-        contents: Per continuous modality its vectors (K, width), in the order of its tokens in `inputs`.
+        samples: B token samples, for their names.
+        parts: Tokens of all modalities.
         widths: Slots N and M; None for as many as the fullest row needs.
+
+    Raises:
+        ValueError: An id outside of its vocabulary; names the sample.
     """
-    given, slot = place(space, inputs, len(keys), widths[0])
-    asked, _ = place(space, targets, len(keys), widths[1])
+    keys = tuple(str(sample.get("__key__", "")) for sample in samples)
+    inputs, targets = (
+        Tokens(*map(np.concatenate, zip(*lists, strict=True)))
+        for lists in ([part.inputs for part in parts], [part.targets for part in parts])
+    )
+    given, slot = place(space, inputs, keys, widths[0])
+    asked, _ = place(space, targets, keys, widths[1])
+    contents = {name: rows for part in parts for name, rows in part.contents.items()}
     tensor = torch.from_numpy
     return MaskedBatch(
         ids=tensor(given["ids"]),

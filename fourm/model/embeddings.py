@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourm.modalities import TokenSpace
@@ -72,7 +73,7 @@ class Embeddings(nn.Module):
         table = self.positions
         if self.learned_positions is not None:
             table = table.index_copy(0, self.learned_rows, self.learned_positions.to(table.dtype))
-        return (table[pos] + self.modality[mod.clamp(min=0)]) * (mod >= 0).unsqueeze(-1)
+        return (F.embedding(pos, table) + F.embedding(mod.clamp(min=0), self.modality)) * (mod >= 0).unsqueeze(-1)
 
     def content(self, ids: Tensor, mod: Tensor, rows: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Tensor:
         """What the tokens say: (B, N) ids, and (K, width) rows for (K,) slots of B * N -> (B, N, D), 0 if empty."""

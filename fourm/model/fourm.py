@@ -148,8 +148,11 @@ class FourM(nn.Module):
 
     def logits(self, hidden: Tensor, name: str) -> Tensor:
         """(..., D) -> (..., vocab_size of the modality): scores of the modality's own ids."""
-        head = self.decoder_embeddings.tokens if self.to_logits is None else self.to_logits
-        return F.linear(hidden, head.weight[self.space.vocabulary(name)])
+        return F.linear(hidden, self._head()[self.space.vocabulary(name)])
+
+    def _head(self) -> Tensor:
+        """(vocab_size, D): a row scores its id."""
+        return (self.decoder_embeddings.tokens if self.to_logits is None else self.to_logits).weight
 
     def counts(self, batch: MaskedBatch) -> Tensor:
         """Asked tokens per modality, (number of modalities,): the denominators of the loss."""
@@ -193,15 +196,22 @@ class FourM(nn.Module):
         return nll.view(batch.target.shape)
 
     def _scores(self, batch: MaskedBatch, hidden: Tensor) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        """Sorts the asked tokens by modality once; yields (name, logits, ids within its vocabulary, places)."""
+        """Sorts the asked tokens by modality once; yields (name, logits, ids within its vocabulary, places).
+
+        Tokens and head are split rather than indexed, so that their gradients are written once and not per modality.
+        """
         mod = batch.target_mod.flatten()
         order = mod.argsort(stable=True)
-        ends = torch.bincount(mod + 1, minlength=len(self.space) + 1).cumsum(0).tolist()
-        flat, ids = hidden.flatten(0, 1), batch.target.flatten()
-        for name, start, end in zip(self.space.names, ends[:-1], ends[1:], strict=True):
-            if end > start:
-                where = order[start:end]
-                yield name, self.logits(flat[where], name), ids[where] - self.space.vocabulary(name).start, where
+        counts = torch.bincount(mod + 1, minlength=len(self.space) + 1).tolist()
+        states = hidden.flatten(0, 1).index_select(0, order).split(counts)[1:]
+        ids, places = batch.target.flatten()[order].split(counts)[1:], order.split(counts)[1:]
+        vocabularies = self.space.vocabularies
+        heads = self._head().split([ids.stop - ids.start for ids in vocabularies.values()])
+        head = dict(zip(vocabularies, heads, strict=True))
+        for name, state, targets, where in zip(self.space.names, states, ids, places, strict=True):
+            if len(where):
+                row = self.space[name]
+                yield name, F.linear(state, head[row.vocab or name]), targets - self.space.vocabulary(name).start, where
 
     def start_decoding(self, context: Context, length: int) -> DecoderCache:
         """Prepares to decode one text of at most `length` tokens per row of the context (sample 0 of each row)."""

@@ -39,8 +39,9 @@ def run(config: Config) -> None:
     """Trains, writes the tokenizer's folder, and measures it on the test split."""
     runtime.seed_everything(config.seed, "tokenizer", config.modality)
     folder = Path(config.folder)
-    runtime.open_run(folder / "run", dataclasses.asdict(config))
     joined = runtime.accelerator()
+    if joined.is_main_process:
+        runtime.open_run(folder / "run", dataclasses.asdict(config))
     task = TokenizerTask(ImageTokenizer(config.tokenizer), config.modality)
     loader = Loader(
         ShardDataset(Path(config.data) / "train", [config.modality]),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from fourm.data.shards import NpyParser, ShardDataset, TokenDataset, write_shards
+from fourm.data.shards import EXTENSIONS, ShardDataset, TokenDataset, write_shards
 from fourm.modalities import Modality, TokenSpace
 
 RNG = np.random.default_rng(0)
@@ -135,7 +135,7 @@ def test_names_in_tars_are_never_paths(tmp_path):
 
 FAULTS = {
     "missing key": (lambda entries: entries[:2] + entries[3:], "rgb.*shard-000000.*'s2'.*missing in height", 5),
-    "extra key": (lambda entries: [*entries, ("more.npy", entries[0][1])], "height.*shard-000000.*'more'.*extra", 6),
+    "extra key": (lambda entries: [*entries, ("more.npy", entries[0][1])], "height.*'more'.*missing in rgb", 6),
     "wrong order": (lambda entries: entries[::-1], "height.*shard-000000.*'s3'.*wrong order", 6),
     "twice": (lambda entries: [entries[0], *entries], "height.*shard-000000.*'s0'.*twice", 6),
     "unknown extension": (lambda entries: [("s0.exe", b""), *entries[1:]], "height.*shard-000000.*'s0'.*exe", 5),
@@ -167,7 +167,7 @@ def test_missing_shard_and_folder(tmp_path):
     with pytest.raises(ValueError, match="there is none"):
         ShardDataset(tmp_path / "nowhere")
     (tmp_path / "train/height/shard-000001.tar").unlink()
-    with pytest.raises(ValueError, match=r"height.*shard-000001\.tar is missing, rgb has it"):
+    with pytest.raises(ValueError, match=r"rgb.*shard-000001\.tar, key 's4': missing in height"):
         ShardDataset(tmp_path / "train", ["rgb", "height"])
     data = ShardDataset(tmp_path / "train", ["rgb", "height"], on_error="skip")
     assert len(data) == 4 and data.skipped == {"misaligned": 2}
@@ -191,6 +191,29 @@ def test_truncated_tar(tmp_path, keep, left, pax):
     data = ShardDataset(tmp_path / "train", ["rgb", "height"], on_error="skip")
     assert sum(data.skipped.values()) > 0
     assert len(data) == left if left is not None else len(data) < 4
+
+
+def test_damaged_header_is_not_the_end(tmp_path):
+    write_shards(tmp_path, "train", raw_samples(4), 4)
+    path = tmp_path / "train/height/shard-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[1024 : 1024 + 512] = b"x" * 512  # the second header
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"shard-000000\.tar: the tar is truncated or damaged after 1 entries"):
+        ShardDataset(tmp_path / "train", ["height"])
+    data = ShardDataset(tmp_path / "train", ["height"], on_error="skip")
+    assert data.keys == ["s0"] and data.skipped == {"damaged": 1}
+
+
+def test_damaged_first_sample_without_card(tmp_path):
+    """The type then is that of the first sample that can be read."""
+    samples = raw_samples(4)
+    write_shards(tmp_path, "train", samples, 4)
+    damage = [("s0.npy", b"no array"), ("s2.npy", npy(np.zeros((8, 8))))]
+    rewrite(tmp_path / "train/height/shard-000000.tar", lambda e: [damage[0], e[1], damage[1], e[3]])
+    data = ShardDataset(tmp_path / "train", ["height"], on_error="skip")
+    assert [data[i]["__key__"] for i in (2, 0, 1, 3)] == ["s3", "s1", "s1", "s3"]
+    assert data.skipped == {"unreadable": 2}
 
 
 UNREADABLE = {
@@ -283,7 +306,7 @@ BAD_TOKENS = {
     "negative": ("text", np.array([3, -1]), r"\[-1, 3\], expected \[0, 50\)"),
     "floats": ("text", np.ones(3), "integer ids, got float64"),
     "length": ("grid", np.zeros((1, 7), np.int16), r"\(crops, 6\).*\(1, 7\)"),
-    "rank": ("text", np.zeros((2, 2), np.int16), r"\(length,\), got \(2, 2\)"),
+    "rank": ("text", np.zeros((2, 2), np.int16), r"\(length,\), got int16 \(2, 2\)"),
     "image size": ("image", np.zeros((8, 9, 3), np.uint8), r"\(8, 8, 3\), got uint8 \(8, 9, 3\)"),
     "vector width": ("vectors", np.zeros((2, 4), np.float32), r"\(length, 3\), got float32 \(2, 4\)"),
 }
@@ -312,8 +335,8 @@ def test_uint8_ids_need_an_extension(tmp_path):
 @pytest.mark.parametrize(
     "value", [np.arange(6).reshape(2, 3), np.zeros(0, np.int16), np.asfortranarray(np.eye(3)), np.array(">é", "U")]
 )
-def test_npy_parser_agrees_with_numpy(value):
-    parse = NpyParser()
+def test_npy_decoder_agrees_with_numpy(value):
+    parse = EXTENSIONS["npy"].decode
     for _ in range(2):
         got = parse(npy(value))
         assert got.dtype == value.dtype

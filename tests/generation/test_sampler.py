@@ -231,10 +231,8 @@ def test_rows_of_several_samples(model):
     assert torch.equal(tripled, single.repeat_interleave(3, 0))
 
 
-def test_the_model_is_left_as_it_was(model):
-    model.train()
-    Sampler(model).generate({}, chain(SPACE, [Target("depth", steps=1)]))
-    assert model.training and not model.eval().training
+def test_the_model_is_put_into_evaluation_mode(model):
+    assert not Sampler(model.train()).model.training
     with pytest.raises(ValueError, match="num_samples is 0"):
         Sampler(model).generate({}, chain(SPACE, [Target("depth", steps=1)]), num_samples=0)
 
@@ -253,15 +251,24 @@ def test_what_the_encoder_sees_is_what_masking_gives(names):
         assert torch.equal(batch.slots[name], expected.slots[name])
 
 
-def test_a_modality_some_samples_lack(model):
-    tokens = samples(3)
-    del tokens[1]["rgb"], tokens[1]["caption"], tokens[2]["features"]
-    known = from_samples(SPACE, tokens, ["rgb", "caption", "features"])
-    plan = chain(SPACE, [Target("depth", temperature=0.0, steps=2, guidance=2.0)])
-    together = Sampler(model).generate(known, plan)["depth"]
-    for row in range(3):
-        alone = from_samples(SPACE, tokens[row : row + 1], [n for n in known if n in tokens[row]])
-        assert torch.equal(Sampler(model).generate(alone, plan)["depth"][0], together[row])
+def test_samples_must_hold_what_is_given():
+    with pytest.raises(ValueError, match="sample '1' has no rgb"):
+        from_samples(SPACE, [samples(1)[0], {"__key__": "1"}], ["rgb"])
+
+
+def test_rows_of_which_nothing_is_known(model):
+    known = torch.tensor([[True] * 9, [False] * 9])
+    given = {"depth": Given.grid(ids("depth", 2), known), "caption": Given.texts([[20, EOS], []])}
+    plan = chain(SPACE, [Target("normal", temperature=0.0, steps=2, guidance=2.0)])
+    together = Sampler(model).generate(given, plan)["normal"]
+    assert torch.equal(together[1:], Sampler(model).generate({}, plan)["normal"])
+
+
+def test_conditions_alone_say_how_many_rows_there_are(model):
+    plan = [Step("normal", "maskgit", 12, 0.0, guidance=(2.0,))]
+    result = Sampler(model).generate({}, plan, conditions=[{"depth": Given.grid(ids("depth", 3))}])["normal"]
+    view = {"depth": listed(ids("depth", 3)[2].tolist())}
+    assert result[2].tolist() == plain_maskgit(model, [{}, view], (2.0,), {}, plan)
 
 
 def test_only_what_is_known_and_asked_is_embedded():
