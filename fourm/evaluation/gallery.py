@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fourm.evaluation.matrix import complete_samples, raw_samples, raw_sources, raw_targets
+from fourm.evaluation.matrix import aligned_samples, raw_sources, raw_targets
 from fourm.evaluation.tokenizers import reconstruct
-from fourm.generation.decode import decode, picture
+from fourm.generation.decode import decode, picture, words
 from fourm.generation.plan import Target, chain
 from fourm.generation.sampler import Given, Sampler, from_samples
 from fourm.model.fourm import FourM
@@ -90,18 +90,29 @@ class Gallery:
         config: What is shown.
 
     Raises:
-        ValueError: Too few complete samples, or the two datasets differ in their samples.
+        ValueError: Too few samples, or the two datasets differ in their samples.
     """
 
     def __init__(
         self, model: FourM, tokenizers: Mapping[str, Any], raw: Any, tokens: Any, config: GalleryConfig | None = None
     ):
         self.config = config or GalleryConfig()
-        self.tokenizers, self.space, self.sampler = tokenizers, model.space, Sampler(model.eval())
+        self.tokenizers, self.space, self.sampler = tokenizers, model.space, Sampler(model)
         self.sources, self.targets = raw_sources(model.space), raw_targets(model.space)
-        names = sorted({*self.sources.values(), *self.targets.values()})
-        chosen = complete_samples(tokens, names, self.config.samples, self.config.seed)
-        self.tokens, self.raw = list(chosen.values()), raw_samples(raw, chosen)
+        self.raw, self.tokens = aligned_samples(raw, tokens, self.config.samples, self.config.seed)
+
+    def panels(self) -> dict[str, list[Panel]]:
+        """All panels that the model's modalities allow, by the name of their section."""
+        given, made = self.config.picture in self.sources, self.config.picture in self.targets
+        told = made and self.config.prompt in self.sources
+        return {
+            "reconstructions": [self.reconstructions()],
+            "any_to_any": list(self.any_to_any()),
+            "from_picture": [self.from_picture()] if given else [],
+            "chained": [self.chained()] if told else [],
+            "guidance": [self.guidance()] if told else [],
+            "in_painting": [self.in_painting()] if made else [],
+        }
 
     def generate(
         self, known: Mapping[str, Given], targets: Sequence[str], guidance: float = 1.0, seed: int = 0
@@ -117,27 +128,27 @@ class Gallery:
         values = decode(ids, self.tokenizers)
         return {name: values[self.targets[name]] for name in targets}
 
-    def given(self, name: str, rows: slice = slice(None)) -> dict[str, Given]:
+    def given(self, name: str) -> dict[str, Given]:
         """A source (raw name) of the shown samples, as the sampler wants it."""
-        return from_samples(self.space, self.tokens[rows], [self.sources[name]])
-
-    def is_text(self, name: str) -> bool:
-        """Whether a target (raw name) is written rather than painted."""
-        return self.space[self.targets[name]].kind == "text"
+        return from_samples(self.space, self.tokens, [self.sources[name]])
 
     def cell(self, name: str, value: Any, row: int, title: str, given: bool = False) -> Cell:
         """Shows a raw value; numbers are coloured by about the range of the truth of the same sample."""
-        if self.is_text(name):
-            text = words(value)
-            return Cell(title, "" if text else data_uri(picture(name, value, DRAWING)), text, given)
-        settings, truth = self.tokenizers[self.targets[name]].config.input, np.asarray(self.raw[row][name])
-        # Class maps with values of their own (0 and 255) are pictures already; of two classes the second is the darker.
-        kind = "image" if settings.kind == "classes" and settings.values else settings.kind
-        value = 1 - np.asarray(value) if kind == "classes" and settings.classes == 2 else value
-        # Colours span the truth, but not so little of what else is shown that noise would look like structure.
-        spread = max(float(np.ptp(scene[name])) for scene in self.raw)
-        low, high = float(truth.min()), float(max(truth.max(), truth.min() + spread / 4))
-        return Cell(title, data_uri(picture(kind, value, len(truth), low, high)), given=given)
+        tokenizer, low, high, size = self.tokenizers[self.targets[name]], None, None, DRAWING
+        if self.space[self.targets[name]].kind == "text":
+            if words(value):
+                return Cell(title, text=words(value), given=given)
+        else:
+            truth = np.asarray(self.raw[row][name])
+            # Colours span the truth, but not so little of what else is shown that noise would look like structure.
+            spread = max(float(np.ptp(scene[name])) for scene in self.raw)
+            low, high = float(truth.min()), float(max(truth.max(), truth.min() + spread / 4))
+            size = len(truth)
+        return Cell(title, data_uri(picture(tokenizer, value, size, low, high)), given=given)
+
+    def cells(self, made: Mapping[str, Any], row: int, title: str) -> list[Cell]:
+        """One row of values by modality (raw names)."""
+        return [self.cell(name, values[row], row, f"{name}: {title}") for name, values in made.items()]
 
     def truths(self, names: Sequence[str], row: int, given: bool = False) -> list[Cell]:
         """The true values of one sample."""
@@ -151,7 +162,7 @@ class Gallery:
         made = {name: self.generate(self.given(source), [name])[name] for name in names}
         panel = Panel([source, *names])
         for row in range(len(self.raw)):
-            guesses = [self.cell(name, made[name][row], row, f"{name} from {source}") for name in names]
+            guesses = self.cells(made, row, f"from {source}")
             panel.rows.append(("predicted", [*self.truths([source], row, given=True), *guesses]))
             panel.rows.append(("truth", [Cell(""), *self.truths(names, row)]))
         return panel
@@ -160,18 +171,15 @@ class Gallery:
         """For every shown sample: each modality (rows) alone gives every other one (columns)."""
         names = list(self.targets)
         made = {
-            (source, target): self.generate(self.given(source), [target])[target]
-            for source in self.sources for target in names if source != target
-        }  # fmt: skip
+            source: {name: self.generate(self.given(source), [name])[name] for name in names if name != source}
+            for source in self.sources
+        }
         for row, scene in enumerate(self.raw):
             panel = Panel(names, [("truth", self.truths(names, row))], caption=str(scene["__key__"]))
             for source in self.sources:
-                cells = [
-                    self.truths([name], row, given=True)[0]
-                    if name == source
-                    else self.cell(name, made[source, name][row], row, f"{name} from {source}")
-                    for name in names
-                ]
+                cells = self.cells(made[source], row, f"from {source}")
+                if source in names:
+                    cells.insert(names.index(source), *self.truths([source], row, given=True))
                 panel.rows.append((f"given {source}", cells))
             yield panel
 
@@ -180,12 +188,24 @@ class Gallery:
         prompt = self.config.prompt
         names = [name for name in self.config.chain if name in self.targets and name != prompt]
         made = self.generate(self.given(prompt), names)
-        panel = Panel([prompt, *names, "the real place"])
-        for row in range(len(self.raw)):
-            cells = [self.cell(name, made[name][row], row, f"{name}, step {i + 1}") for i, name in enumerate(names)]
-            ends = self.truths([prompt], row, given=True), self.truths([self.config.picture], row)
-            panel.rows.append(("", [*ends[0], *cells, *ends[1]]))
-        return panel
+        return self._between_truths(lambda row: self.cells(made, row, f"from {prompt} and all to the left"), names)
+
+    def guidance(self) -> Panel:
+        """The picture from the prompt at rising guidance weights, with the same seed."""
+        name, given = self.config.picture, self.given(self.config.prompt)
+        made = {f"weight {weight:g}": self.generate(given, [name], weight)[name] for weight in self.config.guidance}
+        return self._between_truths(
+            lambda row: [self.cell(name, values[row], row, title) for title, values in made.items()], list(made)
+        )
+
+    def _between_truths(self, cells: Callable[[int], list[Cell]], columns: list[str]) -> Panel:
+        """What was made of each prompt, between the prompt and the picture that it belongs to."""
+        prompt, name = self.config.prompt, self.config.picture
+        rows = [
+            ("", [*self.truths([prompt], row, given=True), *cells(row), *self.truths([name], row)])
+            for row in range(len(self.raw))
+        ]
+        return Panel([prompt, *columns, "the real place"], rows)
 
     def in_painting(self, tries: int = 3) -> Panel:
         """The right half of the picture's tokens is hidden and filled in, several times."""
@@ -206,19 +226,9 @@ class Gallery:
             panel.rows.append(("", cells + self.truths([name], row)))
         return panel
 
-    def guidance(self) -> Panel:
-        """The picture from the prompt at rising guidance weights, with the same seed."""
-        prompt, name = self.config.prompt, self.config.picture
-        made = {weight: self.generate(self.given(prompt), [name], weight)[name] for weight in self.config.guidance}
-        panel = Panel([prompt, *(f"weight {weight:g}" for weight in made), "the real place"])
-        for row in range(len(self.raw)):
-            cells = [self.cell(name, values[row], row, f"guidance {weight:g}") for weight, values in made.items()]
-            panel.rows.append(("", [*self.truths([prompt], row, given=True), *cells, *self.truths([name], row)]))
-        return panel
-
     def reconstructions(self) -> Panel:
         """What each image tokenizer keeps of the shown samples."""
-        names = [name for name in self.targets if not self.is_text(name)]
+        names = [name for name, target in self.targets.items() if self.space[target].kind == "grid"]
         made = {
             name: reconstruct(self.tokenizers[self.targets[name]], np.stack([scene[name] for scene in self.raw]))[0]
             for name in names
@@ -226,20 +236,8 @@ class Gallery:
         panel = Panel(names)
         for row in range(len(self.raw)):
             panel.rows.append(("original", self.truths(names, row)))
-            cells = [self.cell(name, made[name][row], row, f"{name}: decode(encode(original))") for name in names]
-            panel.rows.append(("tokens", cells))
+            panel.rows.append(("tokens", self.cells(made, row, "decode(encode(original))")))
         return panel
-
-
-def words(value: Any) -> str:
-    """A raw value of a text modality in words; nothing for a palette, which is better drawn."""
-    if not value:
-        return "none"
-    if isinstance(value, Mapping):
-        return "\n".join(f"{name.replace('_', ' ')} {number:.4g}" for name, number in value.items())
-    if isinstance(value, str):
-        return value
-    return "\n".join(f"{item['name']} {item['x']:.2f} {item['y']:.2f}" for item in value if isinstance(item, Mapping))
 
 
 def data_uri(image: Image.Image) -> str:

@@ -53,8 +53,6 @@ def delta1(prediction: Array, truth: Array) -> float:
 def codebook(ids: Array, vocab_size: int) -> dict[str, float]:
     """How well a codebook is used: the share of its codes that occur, and the perplexity of their distribution."""
     counts = np.bincount(ids.ravel(), minlength=vocab_size)
-    if len(counts) > vocab_size:
-        raise ValueError(f"token id {len(counts) - 1} is outside the vocabulary of {vocab_size} ids")
     share = counts[counts > 0] / counts.sum()
     return {
         "codebook_use": float((counts > 0).mean()),
@@ -63,22 +61,19 @@ def codebook(ids: Array, vocab_size: int) -> dict[str, float]:
     }
 
 
-def bootstrap_ratio(
-    numerator: Array, denominator: Array, draws: int = 2000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of sum(numerator) / sum(denominator) when the n samples are redrawn with replacement.
+def bootstrap_ratio(numerator: Array, denominator: Array, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of sum(numerator) / sum(denominator) when the n samples are redrawn with replacement.
 
     Args:
         numerator: (n,) sums per sample.
         denominator: (n,) counts per sample.
         draws: Bootstrap draws.
         seed: Of the redrawing.
-        level: Mass inside the interval.
     """
     n = len(numerator)
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, n)
     ratios = (weights @ numerator) / np.maximum(weights @ denominator, 1e-12)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -141,20 +136,14 @@ CONSTANT: dict[str, Callable[[Array], Any]] = {
     "classes": lambda pixels: np.bincount(pixels.ravel()).argmax(),
 }
 
-# What a figure is called when the constant is scored.
-BASELINE = {
-    "mae": "mean_predictor_mae",
-    "delta1": "mean_predictor_delta1",
-    "mean_angle": "mean_predictor_angle",
-    "accuracy": "majority",
-    "miou": "majority_miou",
-    "iou": "majority_iou",
-    "psnr": "mean_predictor_psnr",
-    "ssim": "mean_predictor_ssim",
-}
-
 
 def key(figure: str, region: str = "", unit: str = "") -> str:
     """Name of a figure in metrics.json, such as `mae_land_m` or `mean_angle_deg`."""
-    units = {"mae": unit, "mean_predictor_mae": unit, "mean_angle": "deg", "mean_predictor_angle": "deg"}
-    return "_".join(part for part in (figure, region, units.get(figure, "")) if part)
+    return "_".join(part for part in (figure, region, {"mae": unit, "mean_angle": "deg"}.get(figure)) if part)
+
+
+def of_constant(name: str) -> str:
+    """What a figure is called when the constant is scored: `mean_predictor_mae_land_m`, `majority_land`, ..."""
+    if name.startswith(("accuracy", "miou", "iou")):
+        return f"majority_{name}".replace("_accuracy", "")
+    return "mean_predictor_" + name.removeprefix("mean_")

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fourm.evaluation.matrix import complete_samples, raw_samples, raw_sources, raw_targets
-from fourm.evaluation.metrics import BASELINE, COMBINE, CONSTANT, key
+from fourm.evaluation.matrix import aligned_samples, chosen_rows, raw_sources, raw_targets
+from fourm.evaluation.metrics import COMBINE, CONSTANT, key, of_constant
 from fourm.evaluation.tokenizers import reconstruct, score, unit
 from fourm.masking.transfer import transfer_batch
 from fourm.model.fourm import FourM
@@ -34,19 +34,6 @@ class Task:
     source: str
     target: str
     region: str | None = None
-
-
-@dataclass(frozen=True)
-class Region:
-    """The pixels where a class map has one value.
-
-    Args:
-        modality: Raw class map, aligned with the target.
-        value: Class id inside the region.
-    """
-
-    modality: str
-    value: int
 
 
 EARTH_TASKS = (
@@ -70,7 +57,7 @@ class TasksConfig:
 
     Args:
         tasks: Source, target and region of each.
-        regions: By name; default: land is where `water` is 0.
+        regions: Name to a raw class map and its value inside; default: land is where `water` is 0.
         n: Test samples per task.
         draws: Token maps drawn per sample.
         train_n: Training samples behind the constant guess.
@@ -79,7 +66,7 @@ class TasksConfig:
     """
 
     tasks: Sequence[Task] = EARTH_TASKS
-    regions: Mapping[str, Region] = field(default_factory=lambda: {"land": Region("water", 0)})
+    regions: Mapping[str, tuple[str, int]] = field(default_factory=lambda: {"land": ("water", 0)})
     n: int = 256
     draws: int = 8
     train_n: int = 1024
@@ -89,13 +76,7 @@ class TasksConfig:
 
 @torch.inference_mode()
 def draw_pictures(
-    model: FourM,
-    tokenizer: ImageTokenizer,
-    samples: Sequence[dict[str, Any]],
-    source: str,
-    target: str,
-    draws: int,
-    generator: torch.Generator,
+    model: FourM, tokenizer: ImageTokenizer, samples: Sequence[Any], source: str, target: str, config: TasksConfig
 ) -> np.ndarray:
     """A point estimate of the target's pictures from the one-pass token distribution.
 
@@ -105,20 +86,23 @@ def draw_pictures(
         samples: B token samples that hold `source` and `target`.
         source: Model modality that is given.
         target: Model modality (grid) that is predicted; its tokens in `samples` are not looked at.
-        draws: Token maps per sample.
-        generator: Of the draws; lives on the CPU.
+        config: Draws per sample, samples per pass, seed.
 
     Returns:
         (B, H, W, ...) raw pictures.
     """
     device = next(model.parameters()).device
-    hidden = model(transfer_batch(model.space, samples, [source], [target]).to(device))  # (B, n, D)
-    chances = model.logits(hidden, target).float().softmax(-1).cpu()  # (B, n, V)
-    ids = torch.multinomial(chances.flatten(0, 1), draws, replacement=True, generator=generator)
-    maps = ids.T.reshape(draws, *chances.shape[:2]).to(device)  # (S, B, n)
+    generator = torch.Generator().manual_seed(config.seed)
     settings = tokenizer.config.input
     decode = tokenizer.decode_probabilities if settings.kind == "classes" else tokenizer.decode
-    estimate = COMBINE[settings.kind](np.stack([np.asarray(decode(ids)) for ids in maps]))
+    estimates = []
+    for start in range(0, len(samples), config.batch_size):
+        batch = transfer_batch(model.space, samples[start : start + config.batch_size], [source], [target])
+        chances = model.logits(model(batch.to(device)), target).float().softmax(-1).cpu()  # (B, n, V)
+        ids = torch.multinomial(chances.flatten(0, 1), config.draws, replacement=True, generator=generator)
+        maps = ids.T.reshape(config.draws, *chances.shape[:2]).to(device)  # (S, B, n)
+        estimates.append(COMBINE[settings.kind](np.stack([np.asarray(decode(ids)) for ids in maps])))
+    estimate = np.concatenate(estimates)
     return np.array(settings.values)[estimate] if settings.values else estimate
 
 
@@ -148,70 +132,36 @@ def evaluate_tasks(
         ValueError: The two datasets differ in their samples, or a task names an unknown region.
     """
     config = config or TasksConfig()
-    sources, targets = raw_sources(model.space), raw_targets(model.space)
+    sources, targets = raw_sources(model.eval().space), raw_targets(model.space)
     tasks = [task for task in config.tasks if task.source in sources and task.target in targets]
-    for task in tasks:
-        if task.region is not None and task.region not in config.regions:
-            known = ", ".join(config.regions)
-            raise ValueError(f"{task.source}->{task.target} names the region {task.region!r}, known are {known}")
-    if not tasks:
-        return {}
-    names = {sources[task.source] for task in tasks} | {targets[task.target] for task in tasks}
-    chosen = complete_samples(tokens, sorted(names), min(config.n, len(tokens)), config.seed)
-    scenes = raw_samples(raw, chosen)
-    order = np.random.default_rng(config.seed).permutation(len(train))[: config.train_n]
-    training = [train[int(index)] for index in order]
-
-    model.eval()
+    unknown = {task.region for task in tasks} - {None, *config.regions}
+    if unknown:
+        raise ValueError(f"tasks name the regions {sorted(map(str, unknown))}, known are {', '.join(config.regions)}")
+    scenes, samples = aligned_samples(raw, tokens, min(config.n, len(tokens)), config.seed)
+    training = [train[row] for row in chosen_rows(len(train), min(config.train_n, len(train)), config.seed)]
+    names = {task.target for task in tasks}
+    rebuilt = {name: reconstruct(tokenizers[targets[name]], _stack(scenes, name))[0] for name in names}
     figures: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        tokenizer, pair = tokenizers[targets[task.target]], (sources[task.source], targets[task.target])
-        guess = _draw_all(model, tokenizer, list(chosen.values()), pair, config)
-        regions = {task.region: config.regions[task.region]} if task.region else {}
-        scored = _score(tokenizer, guess, task.target, scenes, training, regions)
-        figures[f"{task.source}->{task.target}"] = scored | {"n": len(scenes)}
+        tokenizer = tokenizers[targets[task.target]]
+        kind, truth, known = tokenizer.config.input.kind, _stack(scenes, task.target), _stack(training, task.target)
+        guess = draw_pictures(model, tokenizer, samples, sources[task.source], targets[task.target], config)
+        scored: dict[str, Any] = {"n": len(scenes), "bound": {}}
+        for region in dict.fromkeys(("", task.region or "")):
+            modality, value = config.regions.get(region, (task.target, None))
+            inside, inside_known = (
+                _stack(group, modality) == value if region else np.ones(pixels.shape[:3], bool)
+                for group, pixels in ((scenes, truth), (training, known))
+            )
+            constant = np.broadcast_to(CONSTANT[kind](known[inside_known]), truth.shape)
+            for picture, name_of, into in (
+                (guess, str, scored), (constant, of_constant, scored), (rebuilt[task.target], str, scored["bound"])
+            ):  # fmt: skip
+                for name, figure in score(tokenizer, picture, truth, inside).items():
+                    into[name_of(key(name, region, unit(tokenizer)))] = figure
+        figures[f"{task.source}->{task.target}"] = scored
     return figures
 
 
-def _draw_all(
-    model: FourM, tokenizer: ImageTokenizer, samples: Sequence[Any], pair: tuple[str, str], config: TasksConfig
-) -> np.ndarray:
-    generator = torch.Generator().manual_seed(config.seed)
-    starts = range(0, len(samples), config.batch_size)
-    batches = [samples[start : start + config.batch_size] for start in starts]
-    return np.concatenate([draw_pictures(model, tokenizer, batch, *pair, config.draws, generator) for batch in batches])
-
-
-def _score(
-    tokenizer: ImageTokenizer,
-    guess: np.ndarray,
-    target: str,
-    scenes: Sequence[dict[str, Any]],
-    training: Sequence[dict[str, Any]],
-    regions: Mapping[str, Region],
-) -> dict[str, Any]:
-    """Figures of a guess, of the best constant and of the tokenizer alone, over all pixels and over each region."""
-    truth, known = (np.stack([scene[target] for scene in group if target in scene]) for group in (scenes, training))
-    bound, _ = reconstruct(tokenizer, truth)
-    kind = tokenizer.config.input.kind
-    figures: dict[str, Any] = {}
-    limits: dict[str, float] = {}
-    for label, region in [("", None), *regions.items()]:
-        where = _mask(region, scenes, target)
-        constant = CONSTANT[kind](_pixels(known, _mask(region, training, target)))
-        constants = np.broadcast_to(constant, truth.shape)
-        for picture, names, into in [(guess, {}, figures), (constants, BASELINE, figures), (bound, {}, limits)]:
-            for name, value in score(tokenizer, picture, truth, where).items():
-                into[key(names.get(name, name), label, unit(tokenizer))] = value
-    return figures | {"bound": limits}
-
-
-def _mask(region: Region | None, scenes: Sequence[dict[str, Any]], target: str) -> np.ndarray | None:
-    if region is None:
-        return None
-    return np.stack([scene[region.modality] == region.value for scene in scenes if target in scene])
-
-
-def _pixels(pictures: np.ndarray, where: np.ndarray | None) -> np.ndarray:
-    """(B, H, W) or (B, H, W, C) as (P,) or (P, C), of the region only."""
-    return pictures.reshape(-1, *pictures.shape[3:]) if where is None else pictures[where]
+def _stack(scenes: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    return np.stack([scene[name] for scene in scenes])

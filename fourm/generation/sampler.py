@@ -23,9 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fourm.generation.plan import Plan, Step, check_fit
 from fourm.generation.sampling import sample
-from fourm.masking.batch import MaskedBatch, Tokens, assemble
+from fourm.masking.batch import MaskedBatch, Selection, Tokens, assemble
 from fourm.masking.collect import Sample
-from fourm.masking.transfer import check, whole_inputs
+from fourm.masking.transfer import select_whole
 from fourm.modalities import Modality, TokenSpace
 
 
@@ -254,8 +254,7 @@ def from_samples(space: TokenSpace, samples: Sequence[Sample], names: Sequence[s
     Raises:
         ValueError: A modality that cannot be given, or contents that do not fit its row; names the sample.
     """
-    check(space, samples, names, ())
-    tokens, contents = whole_inputs(space, samples, names)
+    tokens, _, contents = select_whole(space, samples, names, ())
     known = {}
     for name in names:
         row, own = space[name], tokens.mod == space.number[name]
@@ -301,7 +300,7 @@ def pack(
     if asked is not None:
         wanted += [_tokens(space, target, asked, None, number * batch_size) for number in range(len(views))]
     keys = ("",) * (len(views) * batch_size)
-    return assemble(space, keys, Tokens.join(given), Tokens.join(wanted), contents).to(device)
+    return assemble(space, keys, Selection(Tokens.join(given), Tokens.join(wanted), contents)).to(device)
 
 
 def _tokens(space: TokenSpace, name: str, where: Tensor, values: Tensor | None, first_row: int) -> Tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -99,11 +99,17 @@ class Tokens(NamedTuple):
     mod: np.ndarray
     pos: np.ndarray
     ids: np.ndarray
-    fed: np.ndarray
+    fed: np.ndarray | int = -1
+
+    @classmethod
+    def join(cls, lists: Sequence[Tokens]) -> Tokens:
+        """Lists end to end."""
+        columns = zip(*(np.broadcast_arrays(*tokens) for tokens in lists), strict=True)
+        return cls(*map(np.concatenate, columns))
 
 
-class Part(NamedTuple):
-    """What some modalities add to a batch.
+class Selection(NamedTuple):
+    """What of some samples is given and what is asked.
 
     Attributes:
         inputs: Tokens that are given.
@@ -114,6 +120,11 @@ class Part(NamedTuple):
     inputs: Tokens
     targets: Tokens
     contents: dict[str, np.ndarray]
+
+    def __or__(self, other: Selection) -> Selection:
+        """This and what is selected of other modalities."""
+        inputs, targets = Tokens.join([self.inputs, other.inputs]), Tokens.join([self.targets, other.targets])
+        return Selection(inputs, targets, self.contents | other.contents)
 
 
 def place(
@@ -160,29 +171,24 @@ def place(
 
 def assemble(
     space: TokenSpace,
-    samples: Sequence[Mapping[str, Any]],
-    parts: Sequence[Part],
+    keys: Sequence[str],
+    selection: Selection,
     widths: tuple[int | None, int | None] = (None, None),
 ) -> MaskedBatch:
     """Builds the batch of B samples.
 
     Args:
         space: The modality table.
-        samples: B token samples, for their names.
-        parts: Tokens of all modalities.
+        keys: Names of the B samples.
+        selection: Tokens of all modalities.
         widths: Slots N and M; None for as many as the fullest row needs.
 
     Raises:
         ValueError: An id outside of its vocabulary; names the sample.
     """
-    keys = tuple(str(sample.get("__key__", "")) for sample in samples)
-    inputs, targets = (
-        Tokens(*map(np.concatenate, zip(*lists, strict=True)))
-        for lists in ([part.inputs for part in parts], [part.targets for part in parts])
-    )
+    inputs, targets, contents = selection
     given, slot = place(space, inputs, keys, widths[0])
     asked, _ = place(space, targets, keys, widths[1])
-    contents = {name: rows for part in parts for name, rows in part.contents.items()}
     tensor = torch.from_numpy
     return MaskedBatch(
         ids=tensor(given["ids"]),
@@ -196,5 +202,5 @@ def assemble(
         target_sample=tensor(asked["sample"]),
         rows={name: tensor(np.ascontiguousarray(rows, dtype=np.float32)) for name, rows in contents.items()},
         slots={name: tensor(slot[inputs.mod == space.number[name]]) for name in contents},
-        keys=keys,
+        keys=tuple(keys),
     )

@@ -29,16 +29,12 @@ class Component:
         target: Alpha by modality, for the tokens that are asked.
         keep: Chance of a token of a text or of vectors to stay visible: `random` (drawn from [0, 1)), `all` (1) or
             `binary` (0 or 1); for all modalities, or by modality (and `others`, else `random`).
-        input_tokens: Tokens given, a number or the ends of a range; default: those of the whole config.
-        target_tokens: Tokens asked, likewise.
     """
 
     weight: float = 1.0
     input: dict[str, float] = field(default_factory=dict)
     target: dict[str, float] = field(default_factory=dict)
     keep: str | dict[str, str] = "random"
-    input_tokens: int | tuple[int, int] | None = None
-    target_tokens: int | tuple[int, int] | None = None
 
 
 @dataclass
@@ -82,6 +78,9 @@ class Mixture:
         space: The modality table.
         config: Checked here.
 
+    Attributes:
+        widths: The most input and target tokens that any sample can have.
+
     Raises:
         ValueError: Names the part of the config that is wrong, and what is allowed.
     """
@@ -89,35 +88,27 @@ class Mixture:
     def __init__(self, space: TokenSpace, config: MaskingConfig):
         if not config.mixture:
             raise ValueError("masking.mixture is empty, expected at least one component")
-        if not 0 <= config.seed < 2**63:
-            raise ValueError(f"masking.seed is {config.seed}, expected a number in [0, 2**63)")
         self.seed = config.seed
         self.weight = np.array([part.weight for part in config.mixture], dtype=float)
         if not np.isfinite(self.weight).all() or self.weight.min() < 0 or self.weight.sum() == 0:
             raise ValueError(f"masking.mixture has weights {self.weight.tolist()}, expected numbers >= 0, one above 0")
-        alpha, keep, tokens = [], [], []
+        alpha, keep = [], []
         for number, part in enumerate(config.mixture):
             where = f"masking.mixture[{number}]"
-            given = alphas(space, part.input, space.inputs(), f"{where}.input")
-            asked = alphas(space, part.target, space.outputs(), f"{where}.target")
-            alpha.append([given, asked])
+            input_alphas = alphas(space, part.input, space.inputs(), f"{where}.input")
+            target_alphas = alphas(space, part.target, space.outputs(), f"{where}.target")
+            alpha.append([input_alphas, target_alphas])
             keep.append(keep_schemes(space, part.keep, f"{where}.keep"))
-            most_given = token_range(part.input_tokens, config.input_tokens, f"{where}.input_tokens")
-            most_asked = token_range(part.target_tokens, config.target_tokens, f"{where}.target_tokens")
-            tokens.append([most_given, most_asked])
         self.alpha = np.array(alpha)  # (C, 2, K): row 0 for inputs, row 1 for targets
         self.keep = np.array(keep)  # (C, K)
-        self.tokens = np.array(tokens)  # (C, 2, 2): inputs and targets, least and most tokens
+        given = token_range(config.input_tokens, "masking.input_tokens")
+        asked = token_range(config.target_tokens, "masking.target_tokens")
+        self.low, self.high = np.array([given, asked]).T  # (2,) each: of inputs and targets
+        self.widths = (given[1], asked[1])
         self.limit = np.array([row.length if row.grid else row.max_tokens for row in space.modalities.values()])
         self.is_grid = space.is_grid
         self._philox = np.random.Philox(key=np.array([config.seed, PHILOX_DOMAIN], dtype=np.uint64))
         self._start = self._philox.state
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """The most input and target tokens that any sample can have."""
-        most = self.tokens[:, :, 1].max(axis=0)
-        return int(most[0]), int(most[1])
 
     def keys(self, epoch: np.ndarray, index: np.ndarray) -> np.ndarray:
         """One 64-bit key for each sample of each epoch: (B,), (B,) to (B,) uint64."""
@@ -135,8 +126,7 @@ class Mixture:
         chance = uniform(self.keys(epoch, index), 3 + present.shape[1])
         component = self._choose(present, chance[:, 0])
         alpha = self.alpha[component] * present[:, None]
-        low, high = np.moveaxis(self.tokens[component], 2, 0)
-        total = low + np.floor(chance[:, 1:3] * (high - low + 1)).astype(np.int64)
+        total = self.low + np.floor(chance[:, 1:3] * (self.high - self.low + 1)).astype(np.int64)
         shares = split(alpha, total, self._log_gammas(alpha, epoch, index))
         given = np.minimum(shares[:, 0], self.limit)
         asked = np.minimum(shares[:, 1], np.where(self.is_grid, self.limit - given, self.limit))
@@ -227,9 +217,8 @@ def keep_schemes(space: TokenSpace, keep: str | Mapping[str, str], where: str) -
     return [KEEP.index(by_name.get(name, others)) for name in space.names]
 
 
-def token_range(tokens: int | tuple[int, int] | None, default: int | tuple[int, int], where: str) -> tuple[int, int]:
+def token_range(tokens: int | tuple[int, int], where: str) -> tuple[int, int]:
     """Least and most tokens."""
-    tokens = default if tokens is None else tokens
     low, high = (tokens, tokens) if isinstance(tokens, int) else tokens
     if not 0 <= low <= high:
         raise ValueError(f"{where} is {tokens}, expected a number >= 0, or two of them in ascending order")

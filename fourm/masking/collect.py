@@ -37,9 +37,34 @@ class Sequences:
         return np.arange(self.ids.shape[1]) < self.length[:, None]
 
 
+def keys_of(samples: Sequence[Sample]) -> tuple[str, ...]:
+    """Names of the samples."""
+    return tuple(str(sample.get("__key__", "")) for sample in samples)
+
+
 def present(samples: Sequence[Sample], names: Sequence[str]) -> np.ndarray:
     """(B, len(names)) bool, which sample has which modality."""
     return np.array([[name in sample for name in names] for sample in samples], dtype=bool)
+
+
+def contents(samples: Sequence[Sample], name: str, space: TokenSpace) -> tuple[list[int], list[np.ndarray]]:
+    """Numbers of the samples that hold a grid, text or sequence of vectors, and what they hold.
+
+    Raises:
+        ValueError: Contents of the wrong type or shape; names the sample.
+    """
+    kinds, shape = {
+        "grid": ("iu", (space[name].length,)), "text": ("iu", (None,)), "vectors": ("f", (None, space[name].dim)),
+    }[space[name].kind]  # fmt: skip
+    rows = [row for row, sample in enumerate(samples) if name in sample]
+    values = [samples[row][name] for row in rows]
+    for dtype, got in {(value.dtype, value.shape) for value in values}:
+        if dtype.kind not in kinds or len(got) != len(shape) or shape[-1] not in (None, got[-1]):
+            wrong = [samples[row] for row, value in zip(rows, values, strict=True) if value.shape == got]
+            key = next(sample.get("__key__", "?") for sample in wrong if sample[name].dtype == dtype)
+            expected = "floats" if kinds == "f" else "integer ids"
+            raise ValueError(f"sample {key!r}: {name} is {dtype} of shape {got}, expected {expected} {shape}")
+    return rows, values
 
 
 def grid_ids(space: TokenSpace, samples: Sequence[Sample], names: Sequence[str]) -> np.ndarray:
@@ -51,26 +76,29 @@ def grid_ids(space: TokenSpace, samples: Sequence[Sample], names: Sequence[str])
     cells = max((space[name].length for name in names), default=0)
     ids = np.zeros((len(samples), len(names), cells), dtype=np.int64)
     for column, name in enumerate(names):
-        rows = [row for row, sample in enumerate(samples) if name in sample]
-        if space[name].kind == "grid" and rows:
-            joined = np.concatenate([samples[row][name] for row in rows], dtype=np.int64)
-            ids[rows, column, : space[name].length] = joined.reshape(len(rows), space[name].length)
+        if space[name].kind == "grid":
+            rows, values = contents(samples, name, space)
+            if rows:
+                ids[rows, column, : space[name].length] = values
     return ids
 
 
 def sequences(space: TokenSpace, samples: Sequence[Sample], names: Sequence[str]) -> Sequences:
     """Every text (without its end token) and every sequence of vectors of a batch, cut at nothing yet."""
-    columns, vectors = [(np.zeros(0, dtype=np.int64),) * 4], {}
+    nothing = np.zeros(0, dtype=np.int64)
+    columns, vectors = [(nothing, nothing, nothing, nothing)], {}
     for name in names:
-        rows = [row for row, sample in enumerate(samples) if name in sample]
-        values = [samples[row][name] for row in rows]
-        length = np.array([len(value) for value in values], dtype=np.int64)
+        rows, values = contents(samples, name, space)
+        lengths = np.array([len(value) for value in values], dtype=np.int64)
         if space[name].kind == "vectors":
             vectors[name] = np.concatenate([np.zeros((1, space[name].dim)), *values], dtype=np.float32)
             values = [np.arange(1, len(vectors[name]))]
-        columns.extend((np.full(1, row), ) for row in ())
-        columns.append((np.array(rows, dtype=np.int64), np.full(len(rows), space.number[name]), length, *values))
-    return columns
+        flat = np.concatenate([nothing, *values], dtype=np.int64)
+        columns.append((np.array(rows, dtype=np.int64), np.full(len(rows), space.number[name]), lengths, flat))
+    row, mod, length, flat = (np.concatenate(column) for column in zip(*columns, strict=True))
+    ids = np.zeros((len(length), length.max(initial=0) + 1), dtype=np.int64)  # one more, for the end token
+    ids[np.arange(ids.shape[1]) < length[:, None]] = flat
+    return Sequences(row, mod, ids, length, vectors)
 
 
 def finish(space: TokenSpace, raw: Sequences) -> Sequences:
@@ -96,7 +124,7 @@ def cut_patches(
     Args:
         name: Name of the modality.
         modality: Its row of the table.
-        samples: B samples; those named in `row` hold a uint8 or uint16 image (H, W, C), or (H, W) of one channel.
+        samples: B samples; those named in `row` hold a uint8 image (H, W, C), or (H, W) of one channel.
         row: (K,) sample of each patch, in ascending order.
         cell: (K,) which patch of the grid, row by row.
 
@@ -112,13 +140,13 @@ def cut_patches(
         return np.zeros((0, modality.width), dtype=np.float32)
     size = (high * side, wide * side, channels)
     rows, index = np.unique(row, return_inverse=True)
-    images = [samples[row][name] for row in rows]
-    for sample, image in zip((samples[row] for row in rows), images, strict=True):
-        fits = image.shape == size or (channels == 1 and image.shape == size[:2])
-        if not fits or image.dtype != images[0].dtype or image.dtype not in (np.uint8, np.uint16):
-            raise complain(name, sample, f"{image.dtype} of shape {image.shape}", f"a uint8 or uint16 image {size}")
-    grids = np.stack(images).reshape(-1, high, side, wide, side, channels)
+    for sample in (samples[row] for row in rows):
+        image = sample[name]
+        if image.dtype != np.uint8 or image.shape not in (size, size[:2] if channels == 1 else size):
+            found = f"{image.dtype} of shape {image.shape}"
+            raise ValueError(f"sample {sample.get('__key__', '?')!r}: {name} is {found}, expected a uint8 image {size}")
+    grids = np.stack([samples[row][name] for row in rows]).reshape(-1, high, side, wide, side, channels)
     mean, deviation = np.asarray(modality.mean, dtype=np.float32), np.asarray(modality.std, dtype=np.float32)
-    patches = grids[index, cell // wide, :, cell % wide] * (1 / (np.iinfo(grids.dtype).max * deviation))
+    patches = grids[index, cell // wide, :, cell % wide] * (1 / (255 * deviation))
     patches -= mean / deviation
     return patches.reshape(len(row), -1)

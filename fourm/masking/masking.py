@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fourm.masking.batch import MaskedBatch, Tokens, assemble
+from fourm.masking.batch import MaskedBatch, Selection, Tokens, assemble
 from fourm.masking.budgets import Budgets, MaskingConfig, Mixture
-from fourm.masking.collect import Sample, Sequences, cut_patches, finish, grid_ids, present, sequences
+from fourm.masking.collect import Sample, Sequences, cut_patches, finish, grid_ids, keys_of, present, sequences
 from fourm.masking.hashing import mix, stream, uniform
 from fourm.masking.spans import keep_within, next_token_pairs, span_inputs, span_targets
 from fourm.modalities import Modality, TokenSpace
@@ -35,10 +35,7 @@ class Masker:
         self.mixture = Mixture(space, config)
         self._grids = [name for name in space.names if space[name].grid]
         self._sequences = [name for name in space.names if not space[name].grid]
-        rows = list(space.modalities.values())
-        self._chunk = np.array([row.chunk for row in rows])
-        self._first_sentinel = np.array([row.first_sentinel for row in rows])
-        self._is_text = np.array([row.kind == "text" for row in rows])
+        self._chunk = np.array([row.chunk for row in space.modalities.values()])
         for name, row in space.modalities.items():
             check_sentinels(name, row)
 
@@ -53,69 +50,87 @@ class Masker:
             A batch of the widths N, M that the budgets allow at most.
 
         Raises:
-            ValueError: A sample that does not fit the modality table; names it.
+            ValueError: An id outside of its vocabulary or an unfit image; names the sample. (`TokenDataset` has checked
+                all that already.)
         """
         epoch, index = np.array(draws, dtype=np.int64).reshape(-1, 2).T
         keys = self.mixture.keys(epoch, index)
         budgets = self.mixture.draw(present(samples, self.space.names), epoch, index)
-        given, asked, contents = self._mask_grids(samples, budgets, keys)
-        more_given, more_asked, vectors = self._mask_sequences(samples, budgets, keys)
-        return assemble(
-            self.space,
-            tuple(str(sample.get("__key__", "")) for sample in samples),
-            Tokens.join([given, more_given]),
-            Tokens.join([asked, more_asked]),
-            contents | vectors,
-            self.mixture.widths,
-        )
+        selection = self._mask_grids(samples, budgets, keys) | self._mask_sequences(samples, budgets, keys)
+        return assemble(self.space, keys_of(samples), selection, self.mixture.widths)
 
-    def _mask_grids(
-        self, samples: Sequence[Sample], budgets: Budgets, keys: np.ndarray
-    ) -> tuple[Tokens, Tokens, dict[str, np.ndarray]]:
-        """Cells that are given, cells that are asked (disjoint), and the pixels of given patches."""
-        space = self.space
-        numbers = np.array([space.number[name] for name in self._grids], dtype=np.int64)
-        ids = grid_ids(space, samples, self._grids)
-        given, asked = choose_cells(
-            space.length[numbers], budgets.input[:, numbers], budgets.target[:, numbers], mix(keys + CELLS)
-        )
-        row, grid, cell = np.nonzero(given)
-        contents = {}
-        for name in self._grids:
-            if space[name].kind == "patches":
-                own = numbers[grid] == space.number[name]
-                contents[name] = cut_patches(name, space[name], samples, row[own], cell[own])
-        inputs = Tokens(row, numbers[grid], cell, ids[given])
-        row, grid, cell = np.nonzero(asked)
-        return inputs, Tokens(row, numbers[grid], cell, ids[asked]), contents
+    def _mask_grids(self, samples: Sequence[Sample], budgets: Budgets, keys: np.ndarray) -> Selection:
+        numbers = [self.space.number[name] for name in self._grids]
+        most_given, most_asked = budgets.input[:, numbers], budgets.target[:, numbers]
+        given, asked = choose_cells(self.space.length[numbers], most_given, most_asked, mix(keys + CELLS))
+        return select_cells(self.space, samples, self._grids, given, asked)
 
-    def _mask_sequences(
-        self, samples: Sequence[Sample], budgets: Budgets, keys: np.ndarray
-    ) -> tuple[Tokens, Tokens, dict[str, np.ndarray]]:
-        """Texts with sentinels and what these stand for; vectors with zeros in place of masked runs."""
+    def _mask_sequences(self, samples: Sequence[Sample], budgets: Budgets, keys: np.ndarray) -> Selection:
         raw = sequences(self.space, samples, self._sequences)
         keys = mix(keys[raw.row] + raw.mod.astype(np.uint64))
-        whole = finish(self.space, shuffle_chunks(raw, self._chunk[raw.mod], mix(keys + CHUNKS)))
-        row, mod, ids, valid = whole.row, whole.mod, whole.ids, whole.valid
-        unit = chunk_numbers(raw.length, self._chunk[mod], ids.shape[1])
-        given_budget, asked_budget = budgets.input[row, mod], budgets.target[row, mod]
-        kept = keep_within(valid, unit, budgets.keep[row, mod], given_budget, mix(keys + KEEPING))
+        chunk = self._chunk[raw.mod]
+        whole = finish(self.space, shuffle_chunks(raw, chunk, mix(keys + CHUNKS)))
+        unit = chunk_numbers(raw.length, chunk, whole.ids.shape[1])
+        most_given, most_asked, keep = (
+            table[whole.row, whole.mod] for table in (budgets.input, budgets.target, budgets.keep)
+        )
+        kept = keep_within(whole.valid, unit, keep, most_given, mix(keys + KEEPING))
+        draw = uniform(mix(keys + SENTINEL), 1)[:, 0]
+        return select_spans(self.space, whole, kept, most_given > 0, most_asked, draw)
 
-        visible = valid & (given_budget > 0)[:, None]
-        sequence, position, value, sentinel = span_inputs(ids, visible, kept, self._first_sentinel[mod])
-        of = mod[sequence]
-        inputs = Tokens(row[sequence], of, position, np.where(self._is_text[of], value, 0))
-        contents = {}
-        for name, vectors in whole.vectors.items():
-            own = of == self.space.number[name]
-            source = np.where(sentinel[own], 0, value[own])
-            contents[name] = np.concatenate([np.zeros((1, vectors.shape[1]), dtype=np.float32), vectors])[source]
 
-        asked_budget = np.where(self._is_text[mod], asked_budget, 0)
-        chance = uniform(mix(keys + SENTINEL), 1)[:, 0]
-        target, length = span_targets(ids, valid, kept, self._first_sentinel[mod], asked_budget, chance)
-        sequence, position, fed, value = next_token_pairs(target, length)
-        return inputs, Tokens(row[sequence], mod[sequence], position, value, fed), contents
+def select_cells(
+    space: TokenSpace, samples: Sequence[Sample], names: Sequence[str], given: np.ndarray, asked: np.ndarray
+) -> Selection:
+    """Some cells of G grids and images as inputs, and some as targets.
+
+    Args:
+        space: The modality table.
+        samples: B token samples.
+        names: The G modalities.
+        given: (B, G, cells of the largest grid) bool, cells that are given.
+        asked: (B, G, cells of the largest grid) bool, cells that are asked.
+    """
+    numbers = np.array([space.number[name] for name in names], dtype=np.int64)
+    ids = grid_ids(space, samples, names)
+    inputs, targets = (
+        Tokens(row, numbers[grid], cell, ids[row, grid, cell])
+        for row, grid, cell in (np.nonzero(given), np.nonzero(asked))
+    )
+    contents = {}
+    for name in names:
+        if space[name].kind == "patches":
+            own = inputs.mod == space.number[name]
+            contents[name] = cut_patches(name, space[name], samples, inputs.row[own], inputs.pos[own])
+    return Selection(inputs, targets, contents)
+
+
+def select_spans(
+    space: TokenSpace, whole: Sequences, kept: np.ndarray, given: np.ndarray, asked: np.ndarray, draw: np.ndarray
+) -> Selection:
+    """R texts with sentinels as inputs and what these stand for as targets; vectors with zeros for masked runs.
+
+    Args:
+        space: The modality table.
+        whole: The sequences, ended and cut.
+        kept: (R, T) bool, tokens that stay visible.
+        given: (R,) bool, whether the sequence is an input at all.
+        asked: (R,), the most ids its target may have; nothing is asked of vectors.
+        draw: (R,), uniform in [0, 1), chooses where a target that is too long begins.
+    """
+    first_sentinel = np.array([row.first_sentinel for row in space.modalities.values()])[whole.mod]
+    is_text = np.array([row.kind == "text" for row in space.modalities.values()])[whole.mod]
+    sequence, position, value, sentinel = span_inputs(whole.ids, whole.valid & given[:, None], kept, first_sentinel)
+    inputs = Tokens(whole.row[sequence], whole.mod[sequence], position, np.where(is_text[sequence], value, 0))
+    contents = {}
+    for name, vectors in whole.vectors.items():
+        own = inputs.mod == space.number[name]
+        contents[name] = vectors[np.where(sentinel[own], 0, value[own])]
+    most = np.where(is_text, asked, 0)
+    sequence, position, fed, value = next_token_pairs(
+        *span_targets(whole.ids, whole.valid, kept, first_sentinel, most, draw)
+    )
+    return Selection(inputs, Tokens(whole.row[sequence], whole.mod[sequence], position, value, fed), contents)
 
 
 def check_sentinels(name: str, modality: Modality) -> None:

@@ -187,9 +187,9 @@ class FourM(nn.Module):
         return {"loss": loss} | {f"loss/{name}": mean.detach() for name, mean in means.items()}
 
     @torch.no_grad()
-    def token_nll(self, batch: MaskedBatch, context: Context | None = None) -> Tensor:
-        """Nats of every asked token, (B, M); 0 where the slot is empty. A `context` made before spares the encoder."""
-        hidden = self.decode(batch, self.encode(batch) if context is None else context)
+    def token_nll(self, batch: MaskedBatch, hidden: Tensor | None = None) -> Tensor:
+        """Nats of every asked token, (B, M); 0 where the slot is empty. `hidden` (B, M, D) spares running the model."""
+        hidden = self(batch) if hidden is None else hidden
         nll = hidden.new_zeros(batch.target.numel())
         for _, scores, ids, where in self._scores(batch, hidden):
             nll[where] = F.cross_entropy(scores.float(), ids, reduction="none")

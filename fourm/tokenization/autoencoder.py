@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fourm.tokenization.backbones import BackboneConfig, Decoder, Encoder
-from fourm.tokenization.losses import LOSSES, class_weights
+from fourm.tokenization.losses import LOSSES
 from fourm.tokenization.quantizers import Quantizer, QuantizerConfig
 
 CLASS_CHANNELS = 16  # width, at most, of the embedding of a class and of the features its logits are made from
@@ -76,6 +76,11 @@ class InputConfig:
                 "classes": min(self.classes, CLASS_CHANNELS)}[self.kind]  # fmt: skip
 
     @property
+    def class_values(self) -> np.ndarray:
+        """Raw value of each class, int64."""
+        return np.array(self.values or range(self.classes), dtype=np.int64)
+
+    @property
     def raw_shape(self) -> tuple[int, ...]:
         """Shape of one raw array."""
         coloured = self.kind == "normal" or (self.kind == "image" and self.channels > 1)
@@ -106,6 +111,8 @@ class TokenizerConfig:
         if (self.loss == "cross_entropy") != (self.input.kind == "classes"):
             raise ValueError(f"loss {self.loss!r} does not fit inputs of kind {self.input.kind!r}: "
                              "classes need 'cross_entropy', the others need another loss")  # fmt: skip
+        if self.class_weights and len(self.class_weights) != self.input.classes:
+            raise ValueError(f"{len(self.class_weights)} class_weights for {self.input.classes} classes")
         if any(side % self.backbone.patch_size for side in self.input.size):
             raise ValueError(f"size {self.input.size} is not a multiple of patch_size {self.backbone.patch_size}")
 
@@ -117,18 +124,17 @@ class TokenizerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TokenizerConfig:
-        """Inverse of `dataclasses.asdict`, also after JSON. Unknown keys are errors that name their path."""
+        """Inverse of `dataclasses.asdict`, also after JSON. ValueError where a key is not known."""
         parts = {"input": InputConfig, "quantizer": QuantizerConfig, "backbone": BackboneConfig}
-        nested = {key: _build(part, values.get(key, {}), f"{key}.") for key, part in parts.items()}
-        return _build(cls, {**values, **nested}, "")
+        try:
+            nested = {key: part(**_tuples(values.get(key, {}))) for key, part in parts.items()}
+            return cls(**_tuples(values) | nested)
+        except TypeError as error:
+            raise ValueError(f"not the config of an image tokenizer: {error}") from error
 
 
-def _build(kind: Any, values: Mapping[str, Any], path: str) -> Any:
-    allowed = [entry.name for entry in dataclasses.fields(kind)]
-    unknown = [path + key for key in values if key not in allowed]
-    if unknown:
-        raise ValueError(f"unknown keys {', '.join(unknown)}, allowed are {', '.join(path + key for key in allowed)}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _describe(array: np.ndarray) -> str:
@@ -180,7 +186,7 @@ def _classes(raw: np.ndarray | Sequence[np.ndarray], config: InputConfig) -> Ten
         allowed = f"integers among {', '.join(map(str, config.values))}"
     if ids.dtype.kind not in "iu":
         raise ValueError(f"expected {allowed}, got {_describe(ids)}")
-    known = np.array(config.values or range(config.classes))
+    known = config.class_values
     order = np.argsort(known)
     numbers = order[np.searchsorted(known, ids, sorter=order).clip(0, config.classes - 1)]
     if not (known[numbers] == ids).all():
@@ -205,20 +211,11 @@ def _to_field(output: Tensor, config: InputConfig) -> np.ndarray:
     return (output[:, 0] * config.scale + config.offset).clamp(config.low, config.high).numpy()
 
 
-def _to_normal(output: Tensor, config: InputConfig) -> np.ndarray:
-    return _to_image(F.normalize(output, dim=1), config)
-
-
-def _to_classes(output: Tensor, config: InputConfig) -> np.ndarray:
-    numbers = output.argmax(1).numpy()
-    return np.array(config.values or range(config.classes), dtype=np.int64)[numbers]
-
-
 POSTPROCESS: dict[str, Callable[[Tensor, InputConfig], np.ndarray]] = {
     "image": _to_image,
     "field": _to_field,
-    "normal": _to_normal,
-    "classes": _to_classes,
+    "normal": lambda output, config: _to_image(F.normalize(output, dim=1), config),
+    "classes": lambda output, config: config.class_values[output.argmax(1).numpy()],
 }
 
 
@@ -305,7 +302,7 @@ class ImageTokenizer(nn.Module):
             raise ValueError(f"inputs of kind {self.config.input.kind!r} have no class probabilities")
         return self._decode(ids).softmax(1).numpy()
 
-    def save_pretrained(self, folder: str | Path, figures: Mapping[str, Any] | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, figures: Mapping[str, float] | None = None) -> None:
         """Writes `config.json`, `model.safetensors` and a card, with `figures` measured on held-out data."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -313,30 +310,13 @@ class ImageTokenizer(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()},
                   folder / "model.safetensors")  # fmt: skip
-        (folder / "README.md").write_text(self._card(folder.name, figures or {}))
-
-    def _card(self, name: str, figures: Mapping[str, Any]) -> str:
-        rows, columns = self.grid
         source = self.config.input
-        lines = [
-            f"# {name}",
-            "",
-            f"Turns {source.kind} arrays of {'x'.join(map(str, source.raw_shape))} pixels"
-            f"{f' ({source.units})' if source.units else ''} into {rows}x{columns} ids of {self.vocab_size} "
-            f"({self.config.quantizer.type}). {sum(p.numel() for p in self.parameters()):,} parameters.",
-            "",
-            "```python",
-            "from fourm.tokenization import load_tokenizer",
-            f'tokenizer = load_tokenizer("{name}")',
-            "ids = tokenizer.encode(arrays)      # (B, n)",
-            "arrays = tokenizer.decode(ids)",
-            "```",
-        ]
-        if figures:
-            lines += ["", "Measured on data it was not trained on:", ""]
-            lines += [f"* {key}: {value:.4g}" if isinstance(value, float) else f"* {key}: {value}"
-                      for key, value in figures.items()]  # fmt: skip
-        return "\n".join(lines) + "\n"
+        measured = "".join(f"* {name}: {value:.4g}\n" for name, value in (figures or {}).items())
+        (folder / "README.md").write_text(
+            f"# {folder.name}\n\nTurns {source.kind} arrays of shape {source.raw_shape} into a grid {self.grid} of "
+            f"{self.vocab_size} ids ({self.config.quantizer.type}) and back: `load_tokenizer(folder)` gives "
+            f"`encode(arrays)` and `decode(ids)`. Measured on data it was not trained on:\n\n{measured}"
+        )
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ImageTokenizer:
@@ -361,8 +341,9 @@ class TokenizerLoss(nn.Module):
         x = batch["images"]
         rows, columns = self._pixels()
         output, ids, quantizer_loss = self.tokenizer(x, (rows, columns))
-        weights = class_weights(config.class_weights, config.input.classes, x.device)
-        reconstruction = LOSSES[config.loss](output.float(), x[..., rows, columns], weights).sum() / counts[0]
+        weights = {"weight": x.new_tensor(config.class_weights, dtype=torch.float32)} if config.class_weights else {}
+        errors = LOSSES[config.loss](output.float(), x[..., rows, columns], **weights)
+        reconstruction = errors.flatten(1).mean(1).sum() / counts[0]
         own = quantizer_loss * (len(x) / counts[0])
         used = ids.detach().unique().numel() / self.tokenizer.vocab_size
         return {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -91,16 +92,12 @@ BLOCKS: dict[str, Callable[[BackboneConfig], nn.Module]] = {"vit": VitBlock, "co
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cuts (B, C, H, W) into row-major patches (B, n, C * p * p), channel slowest."""
-    batch, channels, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    patches = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+    return F.pixel_unshuffle(images, patch_size).flatten(2).transpose(1, 2)
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
     """Inverse of `patchify`: (B, n, C * p * p) to (B, C, H, W)."""
-    pieces = patches.unflatten(2, (-1, patch_size, patch_size)).unflatten(1, grid)
-    return pieces.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+    return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, grid), patch_size)
 
 
 class _Body(nn.Module):

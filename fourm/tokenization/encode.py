@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -93,33 +94,22 @@ def encode_samples(
         raw = [sample[source_of(name, row)] for sample in samples]
         values: Sequence[Any] = raw
         if row.discrete:
-            try:
-                values = list(tokenizers[name].encode(raw))
-            except ValueError:
-                _name_the_first_bad_one(name, raw, samples, tokenizers[name])
-                raise
-        if row.kind == "grid":
-            values = [ids[None].numpy().astype(id_dtype(row.vocab_size)) for ids in values]
-        elif row.kind == "text":
-            values = [ids.astype(id_dtype(row.vocab_size)) for ids in values]
+            values = _encode(name, tokenizers[name], raw, samples)
+            dtype = np.int16 if row.vocab_size <= 2**15 else np.int32
+            values = [np.asarray(ids[None] if row.kind == "grid" else ids, dtype) for ids in values]
         for sample, value in zip(encoded, values, strict=True):
             sample[name] = value
     return encoded
 
 
-def _name_the_first_bad_one(
-    name: str, raw: Sequence[Any], samples: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
-) -> None:
-    for value, sample in zip(raw, samples, strict=True):
-        try:
-            tokenizer.encode([value])
-        except ValueError as error:
-            raise ValueError(f"{name}, sample {sample['__key__']!r}: {error}") from error
-
-
-def id_dtype(vocab_size: int) -> type[np.integer]:
-    """Type of the ids on disk: the smallest of int16 and int32 that holds them."""
-    return np.int16 if vocab_size <= 2**15 else np.int32
+def _encode(name: str, tokenizer: Tokenizer, raw: Sequence[Any], samples: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
+    """All values at once; the error names the first sample that the tokenizer refuses."""
+    try:
+        return list(tokenizer.encode(raw))
+    except ValueError as error:
+        if len(samples) == 1:
+            raise ValueError(f"{name}, sample {samples[0]['__key__']!r}: {error}") from error
+        return [_encode(name, tokenizer, raw[i : i + 1], samples[i : i + 1])[0] for i in range(len(samples))]
 
 
 def tokenize(config: TokenizeConfig) -> None:
@@ -139,35 +129,15 @@ def tokenize(config: TokenizeConfig) -> None:
     for split in config.splits:
         dataset = ShardDataset(Path(config.data) / split, sources)
         shards = range(-(-len(dataset) // config.shard_size))
-        todo = [shard for shard in shards if not _finished(output / split, space, shard)]
         with tqdm(total=len(dataset), desc=f"tokenize {split}", unit=" samples", mininterval=1) as progress:
-            progress.update(len(dataset) - sum(len(_rows(dataset, shard, config.shard_size)) for shard in todo))
-            for shard in todo:
-                rows = _rows(dataset, shard, config.shard_size)
-                samples = _encoded(dataset, rows, config.batch_size, space, tokenizers, progress)
-                write_shards(output, split, samples, config.shard_size, first_shard=shard)
-
-
-def _rows(dataset: ShardDataset, shard: int, shard_size: int) -> range:
-    return range(shard * shard_size, min((shard + 1) * shard_size, len(dataset)))
-
-
-def _finished(folder: Path, space: TokenSpace, shard: int) -> bool:
-    return all((folder / name / shard_name(shard)).exists() for name in space.names)
-
-
-def _encoded(
-    dataset: ShardDataset,
-    rows: range,
-    batch_size: int,
-    space: TokenSpace,
-    tokenizers: Mapping[str, Tokenizer],
-    progress: tqdm,
-) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(rows), batch_size):
-        samples = [dataset[row] for row in rows[start : start + batch_size]]
-        yield from encode_samples(samples, space, tokenizers)
-        progress.update(len(samples))
+            for shard in shards:
+                rows = range(len(dataset))[shard * config.shard_size : (shard + 1) * config.shard_size]
+                if not all((output / split / name / shard_name(shard)).exists() for name in space.names):
+                    batches = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
+                    raw = ([dataset[row] for row in batch] for batch in batches)
+                    samples = chain.from_iterable(encode_samples(batch, space, tokenizers) for batch in raw)
+                    write_shards(output, split, samples, config.shard_size, first_shard=shard)
+                progress.update(len(rows))
 
 
 def _write_card(output: Path, config: TokenizeConfig, space: TokenSpace) -> None:

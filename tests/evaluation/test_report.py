@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from fourm.evaluation.gallery import Gallery, GalleryConfig, words
+from fourm.evaluation.gallery import Gallery, GalleryConfig
 from fourm.evaluation.report import heat_map, loss_curves, number, task_figures, write_report
-from fourm.evaluation.tasks import Region, Task, TasksConfig, evaluate_tasks
+from fourm.evaluation.tasks import Task, TasksConfig, evaluate_tasks
 from fourm.modalities import Modality, TokenSpace
 from fourm.model.fourm import FourM, FourMConfig
+from fourm.tokenization.structured import CodecConfig
 
 SPACE = TokenSpace(
     {
@@ -50,7 +51,7 @@ class Blocks:
 class Letters:
     """Ids 14.. as letters."""
 
-    vocab_size = 32
+    vocab_size, config = 32, CodecConfig("caption")
 
     def decode(self, ids):
         return ["".join(chr(83 + int(i)) for i in row) for row in ids]
@@ -97,7 +98,7 @@ class Oracle(FourM):
 
 TASKS = TasksConfig(
     tasks=[Task("rgb", "elevation", "land"), Task("rgb", "water")],
-    regions={"land": Region("water", 0)}, n=6, draws=2, train_n=20, batch_size=4,
+    regions={"land": ("water", 0)}, n=6, draws=2, train_n=20, batch_size=4,
 )  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def test_tasks_name_what_does_not_fit():
     swapped = [raw[1], raw[0], *raw[2:]]
     with pytest.raises(ValueError, match=r"raw data has '00[01]' where the tokens have '00[01]'"):
         evaluate_tasks(Oracle(), TOKENIZERS, swapped, tokens, raw, TASKS)
-    with pytest.raises(ValueError, match="names the region 'sea', known are land"):
+    with pytest.raises(ValueError, match=r"regions \['sea'\], known are land"):
         evaluate_tasks(Oracle(), TOKENIZERS, raw, tokens, raw, TasksConfig([Task("rgb", "water", "sea")], n=2))
     assert evaluate_tasks(Oracle(), TOKENIZERS, raw, tokens, raw, TasksConfig([Task("sound", "water")])) == {}
 
@@ -160,15 +161,6 @@ def test_in_painting_keeps_what_was_given(monkeypatch):
         assert (value[:, :8] == gallery.raw[row]["rgb"][:, :8]).all()
 
 
-def test_words():
-    assert words({"mean_height": 12.3456, "n": 3}) == "mean height 12.35\nn 3"
-    assert (
-        words([{"name": "Bern", "x": 0, "y": 0}, {"name": "Thun", "x": 1, "y": 1}]) == "Bern 0.00 0.00\nThun 1.00 1.00"
-    )
-    assert words([]) == "none"
-    assert words([[1, 2, 3]]) == ""
-
-
 MATRIX = {
     "rgb": {"water": {"gain_bits": 1.5, "ci95": [1, 2], "shuffled_gain_bits": -0.25, "bits": 0.5, "nothing_bits": 2.0}},
     "water": {"rgb": {"gain_bits": 0.1, "ci95": [-1, 1], "shuffled_gain_bits": -1.0, "bits": 7.9, "nothing_bits": 8.0}},
@@ -183,13 +175,14 @@ def test_heat_map_shares():
 
 
 def test_figures_pair_each_value_with_its_constant_and_bound():
-    tasks = {"rgb->elevation": {"mae_land_m": 50.0, "mean_predictor_mae_land_m": 200.0, "bound": {"mae_land_m": 10.0}},
-             "rgb->climate": {"accuracy_land": 0.2, "majority_land": 0.3, "n": 4}}  # fmt: skip
+    tasks = {
+        "rgb->elevation": {"mae_land_m": 50.0, "mean_predictor_mae_land_m": 200.0, "bound": {"mae_land_m": 10.0}},
+        "rgb->climate": {"accuracy_land": 0.2, "majority_land": 0.4, "n": 4, "bound": {"accuracy_land": 0.9}},
+    }
     first, second = task_figures(tasks)
-    assert (first.figure, first.value, first.constant, first.ratio, first.bound, first.better) == (
-        "mae_land_m", "50", "200", "0.25", "10", True
-    )  # fmt: skip
-    assert (second.figure, second.ratio, second.bound, second.better) == ("accuracy_land", "0.67", "–", False)
+    assert first == {"name": "rgb → elevation", "figure": "mae_land_m", "value": 50.0, "constant": 200.0, "ratio": 0.25,
+                     "bound": 10.0, "better": True}  # fmt: skip
+    assert (second["figure"], second["ratio"], second["better"]) == ("accuracy_land", 0.5, False)
 
 
 def test_numbers():

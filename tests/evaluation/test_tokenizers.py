@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fourm.evaluation.tokenizers import evaluate_tokenizer, raw_values, score, unit
+from fourm.evaluation.tokenizers import evaluate_tokenizer, score, unit
 from fourm.tokenization.structured import CodecConfig
 from fourm.tokenization.text import TextTokenizer, train_text_tokenizer
 
@@ -29,7 +29,7 @@ class Coarse:
 
 def test_field_tokenizer_in_its_own_unit():
     heights = [np.array([[10, 24], [38, 10]]), np.array([[10, 20], [30, 12]])]
-    dataset = [{"__key__": str(i), "height": heights[i % 2]} for i in range(6)] + [{"__key__": "without"}]
+    dataset = [{"__key__": str(i), "height": heights[i % 2]} for i in range(6)]
     figures = evaluate_tokenizer(Coarse(), dataset, "height", n=6)
     assert figures["mae_m"] == pytest.approx((4 + 8 + 0 + 0 + 0 + 0 + 0 + 2) / 8)
     assert figures["codebook_use"] == pytest.approx(3 / 8)
@@ -58,8 +58,3 @@ def test_text_tokenizer_round_trip():
     assert figures["tokens_max"] == max(len(ids) for ids in tokenizer.encode(texts))
     dataset = [{"__key__": "0", "caption": "水 hill"}]
     assert evaluate_tokenizer(tokenizer, dataset, "caption")["unknown_share"] > 0
-
-
-def test_a_modality_that_no_sample_holds():
-    with pytest.raises(ValueError, match="none of the 1 samples holds the modality 'depth'"):
-        raw_values([{"__key__": "0", "rgb": 1}], "depth", 5)

@@ -4,7 +4,7 @@ import torch
 
 from fourm.generation.plan import Step, Target, chain
 from fourm.generation.sampler import Given, Sampler, from_samples, guide, highest, merge, pack
-from fourm.masking.batch import Tokens, assemble
+from fourm.masking.batch import Selection, Tokens, assemble
 from fourm.masking.transfer import transfer_batch
 from fourm.modalities import Modality, TokenSpace
 from fourm.model.fourm import FourM, FourMConfig
@@ -67,9 +67,10 @@ def plain_logits(model, view, target, positions, fed=None):
         np.full(count, SPACE.number[target]),
         np.array(positions),
         np.zeros(count, int),
-        None if fed is None else np.array(fed),
+        -1 if fed is None else np.array(fed),
     )
-    batch = assemble(SPACE, ("row",), Tokens.join([Tokens(*[np.zeros(0, int)] * 4), *lists]), asked, {})
+    given = Tokens.join([Tokens(*[np.zeros(0, int)] * 4), *lists])
+    batch = assemble(SPACE, ("row",), Selection(given, asked, {}))
     return model.logits(model(batch)[0], target)
 
 

@@ -78,12 +78,12 @@ def test_all_tokens_are_given_out_up_to_the_limits() -> None:
     assert (drawn.target[:, 3] <= 4).all()
 
 
-def test_ranges_are_inclusive_and_components_have_their_own() -> None:
-    given = Component(input={"text": 1}, target={"tok": 1}, target_tokens=2)
-    drawn = mixture(given, given=(3, 5)).draw(*everything(300))
-    assert set(drawn.input[:, 2]) == {3, 4, 5}
-    assert set(drawn.target[:, 1]) == {2}
-    assert mixture(given, Component(target={"tok": 1}, input_tokens=(0, 9)), given=(3, 5)).widths == (9, 8)
+def test_ranges_are_inclusive() -> None:
+    drawn = mixture(Component(input={"text": 1}, target={"tok": 1}), given=(3, 5), asked=2)
+    budgets = drawn.draw(*everything(300))
+    assert set(budgets.input[:, 2]) == {3, 4, 5}
+    assert set(budgets.target[:, 1]) == {2}
+    assert drawn.widths == (5, 2)
 
 
 def test_absent_modalities_get_nothing() -> None:
@@ -135,7 +135,6 @@ def test_draws_depend_on_seed_epoch_and_index_only() -> None:
         ({"target": {"rgb": 0.5}}, "rgb is 0.5, but only 0 fits it"),
         ({"keep": "some"}, "keep is 'some', allowed are random, all, binary"),
         ({"keep": {"tok": "most"}}, "keep is 'most'"),
-        ({"input_tokens": (5, 2)}, r"input_tokens is \(5, 2\)"),
         ({"weight": -1.0}, "weights"),
     ],
 )
@@ -144,6 +143,8 @@ def test_errors_say_where(change: dict, message: str) -> None:
         mixture(Component(**change))
 
 
-def test_empty_mixture_is_an_error() -> None:
+def test_wrong_range_and_empty_mixture_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"input_tokens is \(5, 2\)"):
+        mixture(Component(), given=(5, 2))
     with pytest.raises(ValueError, match="mixture is empty"):
         mixture()

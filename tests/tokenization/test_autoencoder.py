@@ -148,10 +148,12 @@ def test_refuses_bad_ids(ids):
 
 
 def test_config_errors():
-    with pytest.raises(ValueError, match=r"unknown keys input\.chanels, allowed are input\.kind"):
+    with pytest.raises(ValueError, match=r"config of an image tokenizer: .*'chanels'"):
         TokenizerConfig.from_dict({"input": {"chanels": 3}})
     with pytest.raises(ValueError, match="classes need 'cross_entropy'"):
         TokenizerConfig(InputConfig("classes", classes=3), loss="mse")
+    with pytest.raises(ValueError, match="2 class_weights for 3 classes"):
+        TokenizerConfig(InputConfig("classes", classes=3), loss="cross_entropy", class_weights=(1.0, 2.0))
     with pytest.raises(ValueError, match="not a multiple of patch_size 8"):
         TokenizerConfig(InputConfig(size=(60, 64)))
     with pytest.raises(ValueError, match="2 or more"):
@@ -185,11 +187,11 @@ def test_patchify_against_unfold():
 def test_losses_by_hand():
     prediction = torch.tensor([[[[1.0]], [[3.0]]]])  # one pixel, two channels
     target = torch.tensor([[[[0.0]], [[4.0]]]])
-    values = {name: LOSSES[name](prediction, target, None).item() for name in ("l1", "mse", "smooth_l1", "cosine")}
+    values = {name: LOSSES[name](prediction, target).mean().item() for name in ("l1", "mse", "smooth_l1", "cosine")}
     assert values == pytest.approx({"l1": 1, "mse": 1, "smooth_l1": 0.5, "cosine": 1 - 12 / (10**0.5 * 4)})
     true_class = torch.tensor([[[1]]])
     nats = float(np.log(1 + np.exp(-2)))
-    assert LOSSES["cross_entropy"](prediction, true_class, None).item() == pytest.approx(nats)
+    assert LOSSES["cross_entropy"](prediction, true_class).item() == pytest.approx(nats)
     assert LOSSES["cross_entropy"](prediction, true_class, torch.tensor([1.0, 5.0])).item() == pytest.approx(5 * nats)
 
 
