@@ -307,11 +307,11 @@ def normals(elevation: np.ndarray, metres_per_pixel: float) -> np.ndarray:
     """Unit normals (H, W, 3) (east, north, up) of heights in metres (H, W), 30x exaggerated.
 
     The raster knows heights in steps of 28 m, which would make terraces of every plain: slopes are those of heights
-    blurred by one pixel.
+    blurred by two pixels.
     """
     from scipy.ndimage import gaussian_filter
 
-    heights = gaussian_filter(elevation.astype(np.float32), 1.0)
+    heights = gaussian_filter(elevation.astype(np.float32), 2.0)
     south, east = np.gradient(heights * (EXAGGERATION / metres_per_pixel))
     normal = np.stack([-east, south, np.ones_like(east)], -1)
     return normal / np.linalg.norm(normal, axis=-1, keepdims=True)
