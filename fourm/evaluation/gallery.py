@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from fourm.evaluation.matrix import aligned_samples, raw_sources, raw_targets
 from fourm.evaluation.tokenizers import reconstruct
@@ -172,7 +173,7 @@ class Gallery:
         names = list(self.targets)
         made = {
             source: {name: self.generate(self.given(source), [name])[name] for name in names if name != source}
-            for source in self.sources
+            for source in tqdm(self.sources, "pictures", unit="source")
         }
         for row, scene in enumerate(self.raw):
             panel = Panel(names, [("truth", self.truths(names, row))], caption=str(scene["__key__"]))

@@ -45,7 +45,7 @@ def write_report(
         metrics: Content of `metrics.json`: `matrix`, `tasks`, `tokenizers`, `seconds`, `environment`.
         gallery: Makes the pictures.
         runs: Records of training runs (`logbook.read`) by name.
-        commands: The command behind each part: `matrix`, `tasks`, `tokenizers`, `train`, `generate`, `report`, `all`.
+        commands: The command behind each part: `matrix`, `tasks`, `tokenizers`, `train`, `generate`.
         card: `card.json` of the data; its `sources` are credited.
         title: Headline.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from fourm.evaluation.matrix import aligned_samples, chosen_rows, raw_sources, raw_targets
 from fourm.evaluation.metrics import COMBINE, CONSTANT, key, of_constant
@@ -142,7 +143,7 @@ def evaluate_tasks(
     names = {task.target for task in tasks}
     rebuilt = {name: reconstruct(tokenizers[targets[name]], _stack(scenes, name))[0] for name in names}
     figures: dict[str, dict[str, Any]] = {}
-    for task in tasks:
+    for task in tqdm(tasks, desc="tasks", unit="task"):
         tokenizer = tokenizers[targets[task.target]]
         kind, truth, known = tokenizer.config.input.kind, _stack(scenes, task.target), _stack(training, task.target)
         guess = draw_pictures(model, tokenizer, samples, sources[task.source], targets[task.target], config)

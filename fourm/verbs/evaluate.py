@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tqdm import tqdm
+
 from fourm import runtime
 from fourm.data.shards import ShardDataset, TokenDataset
 from fourm.evaluation.matrix import any_to_any
@@ -53,7 +55,7 @@ def run(config: Config) -> None:
     if config.tokenizer_samples:
         metrics["tokenizers"] = {
             name: evaluate_tokenizer(tokenizer, test, name, config.tokenizer_samples, config.seed)
-            for name, tokenizer in sources.items()
+            for name, tokenizer in tqdm(sources.items(), desc="tokenizers", unit="tokenizer")
         }
     metrics["tasks"] = evaluate_tasks(model, tokenizers, test, tokens, train, config.tasks)
     for task, figures in metrics["tasks"].items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +20,6 @@ MADE_BY = {  # parts of the page, and the verbs whose commands are shown below t
     "tasks": ("evaluate",),
     "tokenizers": ("tokenizer", "text-tokenizer"),
     "train": ("train",),
-    "generate": ("generate",),
 }
 
 
@@ -63,6 +64,7 @@ def run(config: Config) -> None:
     if config.pipeline:
         metrics["seconds"] = pipeline.seconds(config.pipeline)
         Path(config.metrics).write_text(json.dumps(metrics, indent=2) + "\n")
+        commands["generate"] = shlex.join(["fourm", *sys.argv[1:]])
         made = [command for commands in pipeline.commands(config.pipeline).values() for command in commands]
         for part, verbs in MADE_BY.items():
             lines = [f"fourm {command}" for command in made if command.partition(" ")[0] in verbs]
