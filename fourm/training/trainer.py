@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Generator, Mapping
@@ -32,6 +33,28 @@ from fourm.training.optim import (
     set_learning_rate,
 )
 from fourm.training.tasks import Evaluator, Loader, Task, add_up, keys_of, tokens_in
+
+# What may differ when a run goes on: its length, what is written down when, and where and by how many it is made.
+MAY_CHANGE = set(
+    [
+        "steps",
+        "tokens",
+        "eval_every",
+        "save_every",
+        "log_every",
+        "val_batches",
+        "test_samples",
+        "keep",
+        "wandb",
+        "data",
+        "modalities",
+        "folder",
+        "on_error",
+        "accumulate",
+        "workers",
+        "compile",
+    ]
+)
 
 
 @dataclass(kw_only=True)
@@ -280,17 +303,6 @@ class Trainer:
             f"{duration(max(0.0, self._length - self._progress) / speed)} left"
         )
 
-    @property
-    def _identity(self) -> dict[str, Any]:
-        """What a run has to keep when it goes on: its order of samples, and the shape of its state."""
-        config = self.config
-        return {
-            "seed": config.seed,
-            "batch_size": config.batch_size,
-            "optimizer": config.optim.name,
-            "ema": self.ema is not None,
-        }
-
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             tensors = {
@@ -303,7 +315,6 @@ class Trainer:
                 "step": self.step,
                 "tokens": self.tokens,
                 "metrics": self.metrics,
-                "identity": self._identity,
                 "config": dataclasses.asdict(self.config),
             }
             checkpoint.save(self.folder, self.step, tensors, state, self.files, self.config.keep)
@@ -315,11 +326,11 @@ class Trainer:
         path = checkpoint.latest(self.folder)
         if path is not None:
             saved = checkpoint.load(path)
-            differing = [name for name, value in self._identity.items() if saved.state["identity"].get(name) != value]
+            before, now = flat(saved.state["config"]), flat(dataclasses.asdict(self.config))
+            differing = [key for key in now if before.get(key) != now[key] and key.partition(".")[0] not in MAY_CHANGE]
             if differing:
-                given = ", ".join(f"{name} {self._identity[name]}" for name in differing)
-                before = ", ".join(f"{name} {saved.state['identity'].get(name)}" for name in differing)
-                raise ValueError(f"{path} was made with {before}, this run has {given}; use another folder")
+                was, given = (", ".join(f"{key} {each.get(key)}" for key in differing) for each in (before, now))
+                raise ValueError(f"{path} was made with {was}, this run has {given}; use another folder, or delete it")
             self.task.model.load_state_dict(saved.tensors["model"])
             if self.ema is not None:
                 self.ema.module.load_state_dict(saved.tensors["ema"])
@@ -381,3 +392,11 @@ class Window:
         }
         self._open()
         return record
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Every value of a nested config as JSON, by its dotted key."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: json.dumps(value)}
+    return found

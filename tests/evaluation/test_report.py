@@ -206,7 +206,16 @@ def test_page_is_self_contained_escapes_text_and_leaves_out_what_is_missing(tmp_
     assert "<script" not in html and "&lt;script&gt;" in html
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", html)  # nothing is fetched
     assert not re.search(r"https?://(?!www\.w3\.org|purl\.org|creativecommons\.org)", html)
-    for part in ("1.50", "93 %", "fourm train --config a.yaml", "Blue Marble", "currentColor", "val/loss", "In-painting", "Guidance"):
+    for part in (
+        "1.50",
+        "93 %",
+        "fourm train --config a.yaml",
+        "Blue Marble",
+        "currentColor",
+        "val/loss",
+        "In-painting",
+        "Guidance",
+    ):
         assert part in html
     assert html.count('class="dim "') == 1  # water -> rgb: the interval includes zero
     bare = write_report(tmp_path / "bare.html", {}).read_text()

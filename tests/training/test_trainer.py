@@ -125,6 +125,7 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
     tiny.train(tmp_path, steps=4)
     with pytest.raises(ValueError, match="was made with batch_size 8, this run has batch_size 16"):
         tiny.train(tmp_path, batch_size=16)
+    tiny.train(tmp_path, steps=6, log_every=1)  # longer, and more talkative: allowed
 
 
 def test_batch_that_cannot_be_shared_out():
