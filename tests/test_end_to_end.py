@@ -136,6 +136,8 @@ def test_loss_falls_and_the_model_is_kept(run):
     model = FourM.from_pretrained(run.model / "model")
     assert model.space.names == list(TABLE)
     assert model.config.dim == 32
+    newest = FourM.from_pretrained(run.model / f"checkpoint-{STEPS}")  # a checkpoint rebuilds its model too
+    assert newest.config == model.config and not torch.equal(newest.mask_token, model.mask_token)  # not the average
     resolved = yaml.safe_load((run.model / "config.yaml").read_text())
     assert resolved["steps"] == STEPS and resolved["loss"] == "mod"  # what was left out too
 

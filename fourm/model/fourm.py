@@ -232,9 +232,13 @@ class FourM(nn.Module):
         """Writes `config.json` and `model.safetensors`, all that `from_pretrained` needs."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        card = {"model": dataclasses.asdict(self.config), "modalities": self.space.to_dict()}
-        (folder / "config.json").write_text(json.dumps(card, indent=2) + "\n")
+        (folder / "config.json").write_text(self.config_json())
         save_file(self.unique_state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+    def config_json(self) -> str:
+        """All that rebuilds the model but its weights."""
+        card = {"model": dataclasses.asdict(self.config), "modalities": self.space.to_dict()}
+        return json.dumps(card, indent=2) + "\n"
 
     def unique_state_dict(self) -> dict[str, Tensor]:
         """The state dict, with shared tensors under their first name only."""

@@ -61,7 +61,7 @@ def run(config: Config) -> None:
     # The same held-out samples for any number of processes, which share them out.
     batches = config.val_batches * config.batch_size // size
     held_out = HeldOutLoss(task, Loader(val, size, masker, config.seed), batches)
-    trainer = Trainer(config, task, loader, {"val": held_out}, folder)
+    trainer = Trainer(config, task, loader, {"val": held_out}, folder, {"config.json": model.config_json()})
     trainer.fit()
     if joined.is_main_process:
         final = cast(FourM, trainer.final_model)
