@@ -1,4 +1,4 @@
-"""Checkpoints as folders that are whole or not there: tensors as safetensors, the rest as JSON, no pickle.
+"""Checkpoints as folders that are whole or not there: tensors as safetensors, the rest as JSON, nothing pickled.
 
 `checkpoint-<step>/` holds `<name>.safetensors` per group of tensors, `state.json`, further text files, and
 `manifest.json` with the size and SHA-256 of each. It is written under another name, flushed to disk and renamed, the
