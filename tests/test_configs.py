@@ -144,3 +144,10 @@ def test_pipeline_steps_are_commands_that_parse(path):
             )
             if hasattr(config, "optim"):
                 check_length(config)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "generate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_generated_targets_can_be_predicted(path):
+    config = yaml.safe_load(path.read_text())
+    space = TokenSpace.from_yaml(ROOT / "configs" / "modalities" / path.name)
+    assert {target["name"] for target in config["targets"]} <= set(space.outputs())

@@ -1,7 +1,7 @@
 """What the model makes of unseen samples, as pictures for the report.
 
 Every panel is a `Panel` of rows of cells; nothing here knows HTML. Targets are generated on their own unless a chain is
-the point: MaskGIT for grids, left to right for texts.
+the point: grids in random order (ROAR), texts left to right.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class GalleryConfig:
 
     Args:
         samples: Test samples shown.
-        steps: MaskGIT steps of a grid.
+        steps: Steps of a grid.
         temperature: Of all draws.
         top_p: Of all draws.
         guidance: Weights of the guidance sweep; 1 is none.
@@ -70,13 +70,13 @@ class GalleryConfig:
     """
 
     samples: int = 4
-    steps: int = 8
-    temperature: float = 0.8
+    steps: int = 16
+    temperature: float = 1.0
     top_p: float = 0.9
     guidance: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
     prompt: str = "caption"
     picture: str = "rgb"
-    chain: Sequence[str] = ("climate", "elevation", "water", "relief", "rgb", "normal", "edges", "palette")
+    chain: Sequence[str] = ("water", "relief", "elevation", "rgb", "climate", "normal", "edges", "palette")
     seed: int = 0
 
 
@@ -121,8 +121,9 @@ class Gallery:
         """Raw values of a chain of targets (raw names), one for each given row."""
         settings = self.config
         wanted = [
-            Target(self.targets[name], steps=settings.steps, temperature=settings.temperature, top_p=settings.top_p,
-                   guidance=guidance) for name in targets
+            Target(name, "autoregressive" if self.space[name].kind == "text" else "roar", settings.steps,
+                   temperature=settings.temperature, top_p=settings.top_p, guidance=guidance)
+            for name in map(self.targets.__getitem__, targets)
         ]  # fmt: skip
         hidden = list(known) if guidance != 1 else None
         ids = self.sampler.generate(known, chain(self.space, wanted, hidden), seed=settings.seed + seed)
