@@ -15,7 +15,7 @@ import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.utils import send_to_device
@@ -33,28 +33,6 @@ from fourm.training.optim import (
     set_learning_rate,
 )
 from fourm.training.tasks import Evaluator, Loader, Task, add_up, keys_of, tokens_in
-
-# What may differ when a run goes on: its length, what is written down when, and where and by how many it is made.
-MAY_CHANGE = set(
-    [
-        "steps",
-        "tokens",
-        "eval_every",
-        "save_every",
-        "log_every",
-        "val_batches",
-        "test_samples",
-        "keep",
-        "wandb",
-        "data",
-        "modalities",
-        "folder",
-        "on_error",
-        "accumulate",
-        "workers",
-        "compile",
-    ]
-)
 
 
 @dataclass(kw_only=True)
@@ -94,6 +72,22 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     wandb: str | None = None
+
+    # Keys that may differ when a run goes on: its length, what is written down when, and by how many it is made.
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        [
+            "steps",
+            "tokens",
+            "eval_every",
+            "save_every",
+            "log_every",
+            "keep",
+            "wandb",
+            "accumulate",
+            "workers",
+            "compile",
+        ]
+    )
 
     def loader_batch(self, processes: int) -> int:
         """Samples of one batch of one process, so that an update has `batch_size` in all.
@@ -327,7 +321,11 @@ class Trainer:
         if path is not None:
             saved = checkpoint.load(path)
             before, now = flat(saved.state["config"]), flat(dataclasses.asdict(self.config))
-            differing = [key for key in now if before.get(key) != now[key] and key.partition(".")[0] not in MAY_CHANGE]
+            differing = [
+                key
+                for key in sorted(before | now)
+                if before.get(key) != now.get(key) and key.partition(".")[0] not in self.config.may_change
+            ]
             if differing:
                 was, given = (", ".join(f"{key} {each.get(key)}" for key in differing) for each in (before, now))
                 raise ValueError(f"{path} was made with {was}, this run has {given}; use another folder, or delete it")

@@ -34,6 +34,8 @@ class Config(TrainConfig):
     tokenizer: TokenizerConfig
     test_samples: int = 512
 
+    may_change = TrainConfig.may_change | set(["data", "folder", "test_samples"])
+
 
 def run(config: Config) -> None:
     """Trains, writes the tokenizer's folder, and measures it on the test split."""

@@ -43,6 +43,8 @@ class Config(TrainConfig):
     on_error: Literal["raise", "skip"] = "raise"
     val_batches: int = 8
 
+    may_change = TrainConfig.may_change | set(["data", "modalities", "folder", "on_error", "val_batches"])
+
 
 def run(config: Config) -> None:
     """Trains, watches the loss on the validation split, and writes the finished model."""
