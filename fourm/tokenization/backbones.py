@@ -30,7 +30,6 @@ class BackboneConfig:
         encoder_depth: Number of them.
         decoder: Blocks of the decoder.
         decoder_depth: Number of them.
-        smooth: Channels of a small convolution over the pixels that softens patch borders; 0 leaves it out.
     """
 
     patch_size: int = 8
@@ -41,7 +40,6 @@ class BackboneConfig:
     encoder_depth: int = 1
     decoder: Literal["vit", "conv", "mlp"] = "vit"
     decoder_depth: int = 1
-    smooth: int = 0
 
     def __post_init__(self) -> None:
         for name, value in (("encoder", self.encoder), ("decoder", self.decoder)):
@@ -141,13 +139,7 @@ class Decoder(nn.Module):
         self.latents = nn.Linear(latent_dim, config.width)
         self.body = _Body(config, config.decoder, config.decoder_depth, grid)
         self.patches = nn.Linear(config.width, channels * config.patch_size**2)
-        self.smooth = None
-        if config.smooth:
-            last = nn.Conv2d(config.smooth, channels, 3, padding=1)
-            nn.init.zeros_(last.weight)
-            self.smooth = nn.Sequential(nn.Conv2d(channels, config.smooth, 3, padding=1), nn.GELU(), last)
 
     def forward(self, latents: Tensor) -> Tensor:
         """(B, n, d) to (B, C, H, W)."""
-        images = unpatchify(self.patches(self.body(self.latents(latents))), self.patch_size, self.grid)
-        return images if self.smooth is None else images + self.smooth(images)
+        return unpatchify(self.patches(self.body(self.latents(latents))), self.patch_size, self.grid)

@@ -162,7 +162,7 @@ def test_config_errors():
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_blocks_and_smoothing(block):
-    tokenizer = build("image", encoder=block, decoder=block, decoder_depth=2, smooth=4)
+    tokenizer = build("image", encoder=block, decoder=block, decoder_depth=2)
     output, _, _ = tokenizer(tokenizer.preprocess(KINDS["image"][1]))
     assert output.shape == (6, 3, 16, 24)
     output.square().mean().backward()
