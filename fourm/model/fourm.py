@@ -65,6 +65,7 @@ class FourM(nn.Module):
     """Any-to-any masked model over the modalities of a `TokenSpace`."""
 
     is_grid: Tensor
+    temperature: Tensor
     encoder: Sequence[EncoderBlock]
     decoder: Sequence[DecoderBlock]
 
@@ -88,6 +89,7 @@ class FourM(nn.Module):
         self.to_logits = None if config.tied_head else nn.Linear(dim, space.vocab_size, bias=False)
         is_grid = torch.from_numpy(np.append(space.is_grid, True))  # the last entry answers for empty slots (-1)
         self.register_buffer("is_grid", is_grid, persistent=False)
+        self.register_buffer("temperature", torch.ones(len(space)))  # divides the logits of each modality
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -148,7 +150,7 @@ class FourM(nn.Module):
 
     def logits(self, hidden: Tensor, name: str) -> Tensor:
         """(..., D) -> (..., vocab_size of the modality): scores of the modality's own ids."""
-        return F.linear(hidden, self._head()[self.space.vocabulary(name)])
+        return F.linear(hidden / self.temperature[self.space.number[name]], self._head()[self.space.vocabulary(name)])
 
     def _head(self) -> Tensor:
         """(vocab_size, D): a row scores its id."""
@@ -176,7 +178,7 @@ class FourM(nn.Module):
         counts = here if counts is None else counts
         sums = {
             name: F.cross_entropy(scores.float(), ids, reduction="sum")
-            for name, scores, ids, _ in self._scores(batch, self(batch))
+            for name, scores, ids, _ in self.scores(batch, self(batch))
         }
         means = {name: total / counts[self.space.number[name]] for name, total in sums.items()}
         zero = 0.0 * self.mask_token.sum()  # keeps the graph where nothing is asked
@@ -191,11 +193,11 @@ class FourM(nn.Module):
         """Nats of every asked token, (B, M); 0 where the slot is empty. `hidden` (B, M, D) spares running the model."""
         hidden = self(batch) if hidden is None else hidden
         nll = hidden.new_zeros(batch.target.numel())
-        for _, scores, ids, where in self._scores(batch, hidden):
+        for _, scores, ids, where in self.scores(batch, hidden):
             nll[where] = F.cross_entropy(scores.float(), ids, reduction="none")
         return nll.view(batch.target.shape)
 
-    def _scores(self, batch: MaskedBatch, hidden: Tensor) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    def scores(self, batch: MaskedBatch, hidden: Tensor) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         """Sorts the asked tokens by modality once; yields (name, logits, ids within its vocabulary, places).
 
         Tokens and head are split rather than indexed, so that their gradients are written once and not per modality.
@@ -203,7 +205,8 @@ class FourM(nn.Module):
         mod = batch.target_mod.flatten()
         order = mod.argsort(stable=True)
         counts = torch.bincount(mod + 1, minlength=len(self.space) + 1).tolist()
-        states = hidden.flatten(0, 1).index_select(0, order).split(counts)[1:]
+        cooled = hidden / self.temperature[batch.target_mod.clamp(min=0)].unsqueeze(-1).to(hidden.dtype)
+        states = cooled.flatten(0, 1).index_select(0, order).split(counts)[1:]
         ids, places = batch.target.flatten()[order].split(counts)[1:], order.split(counts)[1:]
         vocabularies = self.space.vocabularies
         heads = self._head().split([ids.stop - ids.start for ids in vocabularies.values()])

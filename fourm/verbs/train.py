@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, cast
 
@@ -15,6 +16,7 @@ from fourm.masking.masking import Masker
 from fourm.modalities import TokenSpace
 from fourm.model.config import FourMConfig
 from fourm.model.fourm import FourM
+from fourm.training.calibration import calibrate
 from fourm.training.tasks import HeldOutLoss, MaskedTask
 from fourm.training.trainer import TrainConfig, Trainer
 
@@ -32,6 +34,7 @@ class Config(TrainConfig):
         loss: `mod`, the mean of the modalities' means, or `token`, the mean over tokens.
         on_error: What bad samples do: `raise`, or `skip` and count.
         val_batches: Batches (of `batch_size` samples) of the held-out loss.
+        calibrate: Fit a temperature per modality on those batches in the end, for a model that knows how sure it is.
     """
 
     data: str
@@ -42,8 +45,9 @@ class Config(TrainConfig):
     loss: Literal["mod", "token"] = "mod"
     on_error: Literal["raise", "skip"] = "raise"
     val_batches: int = 8
+    calibrate: bool = False
 
-    may_change = TrainConfig.may_change | set(["data", "modalities", "folder", "on_error", "val_batches"])
+    may_change = TrainConfig.may_change | set(["data", "modalities", "folder", "on_error", "val_batches", "calibrate"])
 
 
 def run(config: Config) -> None:
@@ -67,6 +71,11 @@ def run(config: Config) -> None:
     trainer.fit()
     if joined.is_main_process:
         final = cast(FourM, trainer.final_model)
+        if config.calibrate:
+            validation = Loader(val, config.batch_size, masker, config.seed).batches()
+            device = next(final.parameters()).device
+            chosen = calibrate(final, (batch.to(device) for batch in islice(validation, config.val_batches)))
+            print("temperatures: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
         final.save_pretrained(folder / "model")
         print(f"{folder / 'model'}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     runtime.finish(joined)
