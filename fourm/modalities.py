@@ -42,6 +42,7 @@ class Modality:
         first_sentinel: Id of the sentinel `[S_0]`; `[S_i]` follows i ids later. Spans use `[S_1]`, `[S_2]`, ...
         sentinels: How many sentinels there are.
         learned_positions: Learn the position table instead of sines and cosines.
+        decoder_positions: Positions from here on are 0 to the decoder (4M's `human_poses`); 0: none are.
         input: May be given to the encoder.
         output: May be predicted (grid, text only).
         source: Name of the raw modality it is made from; default: the modality's own name.
@@ -63,6 +64,7 @@ class Modality:
     first_sentinel: int = 4
     sentinels: int = 200
     learned_positions: bool = False
+    decoder_positions: int = 0
     input: bool = True
     output: bool = True
     source: str | None = None

@@ -74,7 +74,8 @@ class Target:
         steps: Steps of a grid, at most as many as it has tokens.
         schedule: How many tokens each step settles: `cosine` (few-many-few) or `linear`. `roar` is always linear.
         temperature: Temperature of the first step.
-        temperature_schedule: `constant`, `linear` (down to 0) or `onex:MIN:POWER` (falls like x**-POWER to MIN).
+        temperature_schedule: `constant`, `linear` (down to 0), `decreasing:MIN` (evenly, the last step has MIN) or
+            `onex:MIN:POWER` (falls like x**-POWER to MIN).
         top_k: See `Step`.
         top_p: See `Step`.
         guidance: One weight, or one per row (see `Step`).
@@ -137,7 +138,8 @@ def temperatures(schedule: str, start: float, counts: Sequence[int]) -> list[flo
     """One temperature for each step.
 
     Args:
-        schedule: `constant`, `linear` (start times the share of tokens still open) or `onex:MIN:POWER`.
+        schedule: `constant`, `linear` (start times the share of tokens still open), `decreasing:MIN` (from start to MIN
+            with the share of settled tokens) or `onex:MIN:POWER`.
         start: Highest temperature.
         counts: Tokens each step settles.
 
@@ -151,13 +153,17 @@ def temperatures(schedule: str, start: float, counts: Sequence[int]) -> list[flo
             return [start] * len(counts)
         case ["linear"]:
             return [start * (1 - share) for share in done[:-1]]
+        case ["decreasing", low]:
+            return [start + (float(low) - start) * share for share in done[1:]]
         case ["onex", low, power]:
             falling = _falling(float(power), total, len(counts))
             return [
                 float(low) + (start - float(low)) * value * (1 - share)
                 for value, share in zip(falling, done[1:], strict=True)
             ]
-    raise ValueError(f"temperature schedule is {schedule!r}, allowed are constant, linear, onex:MIN:POWER")
+    raise ValueError(
+        f"temperature schedule is {schedule!r}, allowed are constant, linear, decreasing:MIN, onex:MIN:POWER"
+    )
 
 
 def _falling(power: float, total: int, steps: int) -> list[float]:

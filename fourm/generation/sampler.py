@@ -5,15 +5,16 @@ Notable:
 * a partly known grid (in-painting) is an ordinary state: its steps continue where a schedule with that many known
   tokens would be; a partly known text holds sentinels where something is missing;
 * all guidance rows (unguided, conditions, negative conditions) are rows of one batch;
-* texts are written with cached keys and values, and rows that are finished leave the batch.
+* texts are written with cached keys and values, and rows that are finished leave the batch;
+* 4M's own checkpoints (`FourMConfig.blank_hidden`) are sampled as 4M does it, so that they give the same ids.
 
 B rows of the state, V guidance rows for each, L positions of one modality, N encoder slots, M decoder slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from fourm.masking.batch import MaskedBatch, Selection, Tokens, assemble
 from fourm.masking.collect import Sample
 from fourm.masking.transfer import select_whole
 from fourm.modalities import Modality, TokenSpace
+from fourm.model.fourm import Context
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,12 @@ class Given:
 
 
 State = Mapping[str, Given]
+UNSEEN = -2  # sample number of context slots that no token looks at
+
+
+def random_order(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Uniform scores (B, L)."""
+    return torch.rand(shape, generator=generator, device=generator.device)
 
 
 class Sampler:
@@ -90,11 +98,20 @@ class Sampler:
 
     Args:
         model: The model, on any device; it is put into evaluation mode.
+        sample: How ids are drawn from logits: see `sampling.sample`, whose positional arguments it gets.
+        order: Scores of positions (B, L) in [0, 1]; ROAR decodes the highest of those that are left.
     """
 
-    def __init__(self, model: Any):
+    def __init__(
+        self,
+        model: Any,
+        sample: Callable[..., tuple[Tensor, Tensor]] = sample,
+        order: Callable[[torch.Size, torch.Generator], Tensor] = random_order,
+    ):
         self.model = model.eval()
         self.space: TokenSpace = model.space
+        self.sample, self.order = sample, order
+        self.blank_hidden: bool = model.config.blank_hidden
 
     def generate(
         self, known: State, plan: Plan, seed: int = 0, num_samples: int = 1, conditions: Sequence[State] = ()
@@ -132,6 +149,9 @@ class Sampler:
             {name: given.to(device).repeat(num_samples) for name, given in part.items()}
             for part in (known, *conditions)
         )
+        if self.blank_hidden:
+            texts = [step.target for step in plan if step.scheme == "autoregressive"]
+            state = {name: blank(self.space[name], rows, device) for name in texts} | state
         generator = torch.Generator(device).manual_seed(seed)
         settled = dict.fromkeys((step.target for step in plan), 0)
         for step in plan:
@@ -151,12 +171,12 @@ class Sampler:
             return given
         asked = ~given.known & (counts > 0)[:, None]
         if step.scheme == "roar":
-            asked = highest(random_order(asked.shape, generator).masked_fill(~asked, -1.0), counts)
+            asked = highest(self.order(asked.shape, generator).masked_fill(~asked, -1.0), counts)
         views, weights = self._views(step, state, conditions)
         batch = pack(self.space, views, len(given), asked.device, step.target, asked)
-        hidden = self.model.decode(batch, self.model.encode(batch)).unflatten(0, (len(views), -1))
+        hidden = self.model.decode(batch, self._context(batch, len(views))).unflatten(0, (len(views), -1))
         logits = guide(self.model.logits(hidden[:, batch.target_mod[: len(given)] >= 0], step.target), weights)
-        ids, confidence = sample(logits, step.temperature, step.top_k, step.top_p, generator)
+        ids, confidence = self.sample(logits, step.temperature, step.top_k, step.top_p, generator)
         values = given.values.masked_scatter(asked, ids)
         if step.scheme == "maskgit":
             sure = torch.full(asked.shape, -1.0, device=asked.device).masked_scatter(asked, confidence)
@@ -179,7 +199,7 @@ class Sampler:
 
         views, weights = self._views(step, state, conditions)
         views = [{name: g.take(live) for name, g in view.items()} for view in views]
-        context = self.model.encode(pack(self.space, views, len(live), device))
+        context = self._context(pack(self.space, views, len(live), device), len(views))
         cache = self.model.start_decoding(context, limit)
         number = self.space.number[step.target]
         first_id, first_position = self.space.vocabulary(step.target).start, int(self.space.position_offset[number])
@@ -189,7 +209,7 @@ class Sampler:
                 ids, torch.full_like(ids, first_position + place), torch.full_like(ids, number), cache
             )
             logits = guide(self.model.logits(hidden.unflatten(0, (len(views), -1)), step.target), weights)
-            token, _ = sample(logits, step.temperature, step.top_k, step.top_p, generator)
+            token, _ = self.sample(logits, step.temperature, step.top_k, step.top_p, generator)
             written[live, place] = token
             going = (token != stop) & (token != row.eos)
             if not going.any():
@@ -203,11 +223,24 @@ class Sampler:
         ]
         return Given.texts(finished).to(device)
 
+    def _context(self, batch: MaskedBatch, views: int) -> Context:
+        """Encodes what V views show. With `blank_hidden`, one that shows nothing in any row has no context."""
+        context = self.model.encode(batch)
+        if not self.blank_hidden:
+            return context
+        shows = (batch.mod >= 0).unflatten(0, (views, -1)).flatten(1).any(1).repeat_interleave(len(batch) // views)
+        empty = ~shows[:, None] & (context.sample < 0)
+        return replace(context, sample=context.sample.masked_fill(empty, UNSEEN))
+
     def _views(self, step: Step, state: State, conditions: Sequence[State]) -> tuple[list[State], tuple[float, ...]]:
         """What each guidance row sees, the unguided row first, and the weights of the others."""
         default = () if conditions else tuple(name for name in state if name != step.target)
-        hidden = default if step.hidden is None else step.hidden
+        hidden = [name for name in (default if step.hidden is None else step.hidden) if name in state]
         base = {name: given for name, given in state.items() if name not in hidden}
+        if self.blank_hidden:
+            given = state[step.target]
+            fresh = (name for name in hidden if not self.space[name].grid)
+            base |= {name: blank(self.space[name], len(given), given.known.device) for name in fresh}
         rows: list[State] = [{**base, **extra} for extra in conditions]
         if len(step.guidance) == len(conditions) + 1:
             rows.append(state)
@@ -216,7 +249,7 @@ class Sampler:
                 f"{step.target}: {len(step.guidance)} guidance weights for {len(conditions)} conditions; expected one "
                 "for each, or one more for a row that sees everything"
             )
-        if step.guidance == (1.0,) or (not conditions and len(base) == len(state)):
+        if step.guidance == (1.0,) or not (conditions or hidden):
             return rows, ()
         return [base, *rows], step.guidance
 
@@ -319,11 +352,6 @@ def guide(logits: Tensor, weights: Sequence[float]) -> Tensor:
     return torch.einsum("v,v...->...", factors, logits)
 
 
-def random_order(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Uniform scores (B, L); ROAR decodes the highest."""
-    return torch.rand(shape, generator=generator, device=generator.device)
-
-
 def highest(scores: Tensor, counts: Tensor) -> Tensor:
     """Marks the `counts` (B,) highest scores of each row of (B, L)."""
     rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -336,8 +364,8 @@ def merge(row: Modality, text: Sequence[int], written: Sequence[int]) -> list[in
     Args:
         row: The modality.
         text: Known ids, with sentinels.
-        written: What the decoder wrote after the first sentinel, up to and including its stop. Sentinels that `text`
-            does not have are left out.
+        written: What the decoder wrote after the first sentinel, up to and including its stop. What follows a sentinel
+            that `text` does not have belongs nowhere and is left out.
 
     Returns:
         The text without its sentinels; at most `row.max_tokens` ids.
@@ -345,9 +373,9 @@ def merge(row: Modality, text: Sequence[int], written: Sequence[int]) -> list[in
     spans: dict[int, list[int]] = {i: [] for i in text if _is_sentinel(row, i)}
     span = next(iter(spans.values()))
     for i in written:
-        if i in spans:
-            span = spans[i]
-        elif not _is_sentinel(row, i):
+        if _is_sentinel(row, i):
+            span = spans.get(i, [])
+        else:
             span.append(i)
     merged = [j for i in text for j in (spans[i] if _is_sentinel(row, i) else [i])]
     return merged[: row.max_tokens]
@@ -361,6 +389,12 @@ def _clean(row: Modality, given: Given) -> list[Tensor]:
     """Texts without EOS and sentinels."""
     texts = [[i for i in text if i != row.eos and not _is_sentinel(row, i)] for text in given.lists()]
     return [torch.tensor(text, dtype=torch.long) for text in texts]
+
+
+def blank(row: Modality, rows: int, device: torch.device) -> Given:
+    """What 4M's guidance shows of a text that is hidden, `[S_1]`, or of vectors, a zero vector."""
+    first = torch.full((rows, 1), row.first_sentinel + 1) if row.kind == "text" else torch.zeros(rows, 1, row.dim)
+    return Given(first.to(device), torch.ones(rows, 1, dtype=torch.bool, device=device))
 
 
 def _nothing(row: Modality, rows: int, device: torch.device) -> Given:

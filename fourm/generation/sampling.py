@@ -6,6 +6,8 @@ so flat that nothing less will do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,8 @@ def shortlist(logits: Tensor, top_k: int | float = 0, top_p: float = 0.0) -> tup
     return values.masked_fill(before > top_p, -torch.inf), ids
 
 
-def draw(probability: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draws one column of each row: (K, C) -> (K,)."""
+def draw(probability: Tensor, ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draws one column of each row: (K, C) probabilities, (K, C) ids that the columns stand for -> (K,)."""
     return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
 
 
@@ -49,6 +51,7 @@ def sample(
     top_k: int | float = 0,
     top_p: float = 0.0,
     generator: torch.Generator | None = None,
+    draw: Callable[[Tensor, Tensor, torch.Generator | None], Tensor] = draw,
 ) -> tuple[Tensor, Tensor]:
     """Filters, tempers and draws.
 
@@ -61,6 +64,7 @@ def sample(
         top_k: See `shortlist`.
         top_p: See `shortlist`.
         generator: Where randomness comes from, on the device of the logits.
+        draw: How one column of each row is drawn; another function can feed recorded draws.
 
     Returns:
         Ids (K,) and their probabilities (K,) in the distribution they were drawn from.
@@ -69,13 +73,10 @@ def sample(
     if temperature < 1e-10 or (top_k == 1 and isinstance(top_k, int)):
         value, ids = logits.max(-1)
         return ids, (value - logits.logsumexp(-1)).exp()
-    if not top_k and not 0 < top_p < 1:
-        probability = (logits / temperature).softmax(-1)
-        column = draw(probability, generator)
-        ids = column
-    else:
+    if top_k or 0 < top_p < 1:
         values, candidates = shortlist(logits, top_k, top_p)
-        probability = (values / temperature).softmax(-1)
-        column = draw(probability, generator)
-        ids = candidates.gather(-1, column[:, None]).squeeze(-1)
-    return ids, probability.gather(-1, column[:, None]).squeeze(-1)
+    else:
+        values, candidates = logits, torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+    probability = (values / temperature).softmax(-1)
+    column = draw(probability, candidates, generator)[:, None]
+    return candidates.gather(-1, column).squeeze(-1), probability.gather(-1, column).squeeze(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +26,8 @@ class Component:
     Args:
         weight: How often it is chosen, relative to the others.
         input: Alpha by modality, for the tokens that are given.
-        target: Alpha by modality, for the tokens that are asked.
+        target: Alpha by modality, for the tokens that are asked. Vectors may be named too: what falls to them is asked
+            of nobody (4M-21's recipes have that for `t5_caption`).
         keep: Chance of a token of a text or of vectors to stay visible: `random` (drawn from [0, 1)), `all` (1) or
             `binary` (0 or 1); for all modalities, or by modality (and `others`, else `random`).
     """
@@ -61,7 +62,7 @@ class Budgets:
     Attributes:
         component: (B,) chosen component.
         input: (B, K) most tokens to give.
-        target: (B, K) most tokens to ask.
+        target: (B, K) most tokens to ask; those of vectors are lost.
         keep: (B, K) chance in [0, 1] of a token of a sequence to stay visible.
     """
 
@@ -93,10 +94,11 @@ class Mixture:
         if not np.isfinite(self.weight).all() or self.weight.min() < 0 or self.weight.sum() == 0:
             raise ValueError(f"masking.mixture has weights {self.weight.tolist()}, expected numbers >= 0, one above 0")
         alpha, keep = [], []
+        vectors = [name for name, row in space.modalities.items() if row.kind == "vectors"]
         for number, part in enumerate(config.mixture):
             where = f"masking.mixture[{number}]"
             input_alphas = alphas(space, part.input, space.inputs(), f"{where}.input")
-            target_alphas = alphas(space, part.target, space.outputs(), f"{where}.target")
+            target_alphas = alphas(space, part.target, space.outputs(), f"{where}.target", vectors)
             alpha.append([input_alphas, target_alphas])
             keep.append(keep_schemes(space, part.keep, f"{where}.keep"))
         self.alpha = np.array(alpha)  # (C, 2, K): row 0 for inputs, row 1 for targets
@@ -107,6 +109,7 @@ class Mixture:
         self.widths = (given[1], asked[1])
         self.limit = np.array([row.length if row.grid else row.max_tokens for row in space.modalities.values()])
         self.is_grid = space.is_grid
+        self._asks = self.alpha[:, 1] * [row.predicted for row in space.modalities.values()]  # (C, K)
         self._philox = np.random.Philox(key=np.array([config.seed, PHILOX_DOMAIN], dtype=np.uint64))
         self._start = self._philox.state
 
@@ -136,7 +139,7 @@ class Mixture:
 
     def _choose(self, present: np.ndarray, chance: np.ndarray) -> np.ndarray:
         """(B,) components; one that could ask for nothing the sample has is chosen only if all are like that."""
-        weight = np.where(present.astype(float) @ self.alpha[:, 1].T > 0, self.weight, 0)  # (B, C)
+        weight = np.where(present.astype(float) @ self._asks.T > 0, self.weight, 0)  # (B, C)
         weight[weight.sum(axis=1) == 0] = self.weight
         ends = weight.cumsum(axis=1)
         return (chance[:, None] * ends[:, -1:] < ends).argmax(axis=1)
@@ -194,16 +197,18 @@ def check_names(space: TokenSpace, given: Mapping[str, object], where: str) -> N
             raise ValueError(f"{where} has unknown modality {name!r}{hint}, known are {', '.join(space.names)}, others")
 
 
-def alphas(space: TokenSpace, given: Mapping[str, float], allowed: list[str], where: str) -> list[float]:
-    """Alphas in the order of the modality table; 0 for modalities that are not `allowed`."""
+def alphas(
+    space: TokenSpace, given: Mapping[str, float], allowed: list[str], where: str, named: Sequence[str] = ()
+) -> list[float]:
+    """Alphas in the order of the modality table; 0 for modalities that are not `allowed`, nor `named` in `given`."""
     check_names(space, given, where)
     for name, alpha in given.items():
         if not 0 <= alpha < np.inf:
             raise ValueError(f"{where}.{name} is {alpha}, expected a number >= 0")
-        if alpha and name != "others" and name not in allowed:
+        if alpha and name != "others" and name not in allowed and name not in named:
             raise ValueError(f"{where}.{name} is {alpha}, but only 0 fits it; others: {', '.join(allowed)}")
     others = given.get("others", 0)
-    return [float(given.get(name, others)) if name in allowed else 0.0 for name in space.names]
+    return [float(given.get(name, others if name in allowed else 0)) for name in space.names]
 
 
 def keep_schemes(space: TokenSpace, keep: str | Mapping[str, str], where: str) -> list[int]:

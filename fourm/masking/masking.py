@@ -62,7 +62,8 @@ class Masker:
     def _mask_grids(self, samples: Sequence[Sample], budgets: Budgets, keys: np.ndarray) -> Selection:
         numbers = [self.space.number[name] for name in self._grids]
         most_given, most_asked = budgets.input[:, numbers], budgets.target[:, numbers]
-        given, asked = choose_cells(self.space.length[numbers], most_given, most_asked, mix(keys + CELLS))
+        rank = cell_ranks(self.space.length[numbers], mix(keys + CELLS))
+        given, asked = choose_cells(rank, most_given, most_asked)
         return select_cells(self.space, samples, self._grids, given, asked)
 
     def _mask_sequences(self, samples: Sequence[Sample], budgets: Budgets, keys: np.ndarray) -> Selection:
@@ -147,32 +148,41 @@ def check_sentinels(name: str, modality: Modality) -> None:
         )
 
 
-def choose_cells(
-    length: np.ndarray, given: np.ndarray, asked: np.ndarray, keys: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws disjoint random cells of G grids for B samples.
+def cell_ranks(length: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Draws the order in which the cells of G grids are taken.
 
     Args:
         length: (G,) cells of each grid, at most L.
-        given: (B, G) cells to give.
-        asked: (B, G) cells to ask; `given + asked <= length`.
         keys: (B,) uint64 seeds.
+
+    Returns:
+        (B, G, L) uint64, no two cells of a grid alike; cells outside of a grid come last.
+    """
+    cells = np.arange(length.max(initial=1), dtype=np.uint64)
+    bits = np.uint64(int(cells[-1]).bit_length())
+    rank = stream(keys, len(length) * len(cells)).reshape(len(keys), len(length), len(cells))
+    rank = (rank >> bits << bits) | cells
+    rank[:, cells >= length[:, None]] = np.uint64(2**64 - 1)
+    return rank
+
+
+def choose_cells(rank: np.ndarray, given: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Takes disjoint cells of G grids for B samples.
+
+    Args:
+        rank: (B, G, L) numbers; the lowest are given, the next ones asked.
+        given: (B, G) cells to give.
+        asked: (B, G) cells to ask; `given + asked` is at most the number of cells of the grid.
 
     Returns:
         Two (B, G, L) bools: cells that are given, cells that are asked.
     """
-    cells = np.arange(length.max(initial=1), dtype=np.uint64)
-    highest = np.uint64(2**64 - 1)
-    bits = np.uint64(int(cells[-1]).bit_length())
-    rank = stream(keys, len(length) * len(cells)).reshape(len(keys), len(length), len(cells))
-    rank = (rank >> bits << bits) | cells  # so that no two cells of a grid are equal
-    rank[:, cells >= length[:, None]] = highest
-    ordered = np.sort(rank, axis=2)
+    ordered, cells = np.sort(rank, axis=2), rank.shape[2]
 
     def first(count: np.ndarray) -> np.ndarray:
         """The cells with the `count` lowest numbers."""
-        limit = np.take_along_axis(ordered, np.minimum(count, len(cells) - 1)[..., None], axis=2)
-        return rank < np.where(count[..., None] < len(cells), limit, highest)
+        limit = np.take_along_axis(ordered, np.minimum(count, cells - 1)[..., None], axis=2)
+        return (rank < limit) | (count[..., None] >= cells)
 
     chosen = first(given)
     return chosen, first(given + asked) & ~chosen

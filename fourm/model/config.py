@@ -36,6 +36,10 @@ class FourMConfig:
         drop_path: Stochastic depth at the last block, rising from 0.
         share_modality_embeddings: One modality table for both sides.
         tied_head: Score tokens with the decoder's token table.
+        blank_hidden: Guidance shows a hidden text as `[S_1]` and hidden vectors as a zero vector, and where nothing is
+            left there is no context (4M's checkpoints). Else what is hidden is absent, and the empty slot is left.
+        decoder_causal: Decoder tokens of a grid, too, see earlier ones only.
+        decoder_separate: Decoder tokens see their own modality only; if not, also all that stands before it.
     """
 
     size: str = "base"
@@ -54,6 +58,9 @@ class FourMConfig:
     drop_path: float = 0.0
     share_modality_embeddings: bool = True
     tied_head: bool = True
+    blank_hidden: bool = False
+    decoder_causal: bool = False
+    decoder_separate: bool = True
 
     def __post_init__(self) -> None:
         if self.size not in SIZES:

@@ -16,19 +16,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from fourm.checkpoint import resolve
+from fourm.checkpoint import read_official, resolve
 from fourm.masking.batch import MaskedBatch
 from fourm.modalities import TokenSpace
+from fourm.model import official
 from fourm.model.config import FourMConfig
 from fourm.model.embeddings import Embeddings
 from fourm.model.layers import DecoderBlock, DecoderState, EncoderBlock, LayerNorm
@@ -73,8 +76,9 @@ class FourM(nn.Module):
         super().__init__()
         self.config, self.space = config, space
         dim = config.dim
-        self.encoder_embeddings = Embeddings(space, dim, continuous=True)
-        self.decoder_embeddings = Embeddings(space, dim, continuous=False)
+        rows = space.names if config.share_modality_embeddings else None
+        self.encoder_embeddings = Embeddings(space, dim, space.inputs(), rows=rows)
+        self.decoder_embeddings = Embeddings(space, dim, space.outputs(), decoder=True, rows=rows)
         if config.share_modality_embeddings:
             self.decoder_embeddings.modality = self.encoder_embeddings.modality
         self.mask_token = nn.Parameter(torch.empty(dim))
@@ -86,7 +90,8 @@ class FourM(nn.Module):
         rates = _ramp(config.drop_path, config.decoder_depth)
         self.decoder = nn.ModuleList(DecoderBlock(config, rate) for rate in rates)  # type: ignore[assignment]
         self.decoder_norm = LayerNorm(dim, config.norm_bias)
-        self.to_logits = None if config.tied_head else nn.Linear(dim, space.vocab_size, bias=False)
+        vocab_size = self.decoder_embeddings.tokens.num_embeddings
+        self.to_logits = None if config.tied_head else nn.Linear(dim, vocab_size, bias=False)
         is_grid = torch.from_numpy(np.append(space.is_grid, True))  # the last entry answers for empty slots (-1)
         self.register_buffer("is_grid", is_grid, persistent=False)
         self.register_buffer("temperature", torch.ones(len(space)))  # divides the logits of each modality
@@ -112,6 +117,11 @@ class FourM(nn.Module):
 
     def encode(self, batch: MaskedBatch) -> Context:
         """Runs the encoder over the given tokens. One empty slot is added at the end of every row."""
+        states, place, sample = self.encoder_states(batch)
+        return Context(self.decoder_proj_context(states) + place, sample)
+
+    def encoder_states(self, batch: MaskedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed states of registers, given tokens and one empty slot, (B, R + N + 1, D); their place; their sample."""
         side = self.encoder_embeddings
         place = side.place(batch.pos, batch.mod)
         x = side.content(batch.ids, batch.mod, batch.rows, batch.slots) + place
@@ -128,17 +138,18 @@ class FourM(nn.Module):
         mask = sample[:, None, :, None] == sample[:, None, None, :]  # (B, 1, N, N)
         for block in self.encoder:
             x = block(x, mask)
-        return Context(self.decoder_proj_context(self.encoder_norm(x)) + place, sample)
+        return self.encoder_norm(x), place, sample
 
     def decode(self, batch: MaskedBatch, context: Context) -> Tensor:
         """Runs the decoder over the asked tokens: (B, M, D)."""
         side, sample, mod = self.decoder_embeddings, batch.target_sample, batch.target_mod
-        fed = side.tokens(batch.target_in.clamp(min=0))
+        fed = side.look_up(batch.target_in, mod)
         x = torch.where((batch.target_in < 0).unsqueeze(-1), self.mask_token.to(fed.dtype), fed)
         x = x * (mod >= 0).unsqueeze(-1) + side.place(batch.target_pos, mod)
         causal = torch.ones(mod.shape[1], mod.shape[1], dtype=torch.bool, device=mod.device).tril()
-        mask = (sample[:, :, None] == sample[:, None, :]) & (mod[:, :, None] == mod[:, None, :])
-        mask &= self.is_grid[mod][:, :, None] | causal
+        own = mod[:, :, None] == mod[:, None, :]
+        mask = causal if self.config.decoder_causal else (self.is_grid[mod][:, :, None] & own) | causal
+        mask = mask & (own | (not self.config.decoder_separate)) & (sample[:, :, None] == sample[:, None, :])
         cross = _cross_mask(sample, context.sample)
         for block in self.decoder:
             x = block(x, context.hidden, mask[:, None], cross[:, None])
@@ -150,7 +161,9 @@ class FourM(nn.Module):
 
     def logits(self, hidden: Tensor, name: str) -> Tensor:
         """(..., D) -> (..., vocab_size of the modality): scores of the modality's own ids."""
-        return F.linear(hidden / self.temperature[self.space.number[name]], self._head()[self.space.vocabulary(name)])
+        return F.linear(
+            hidden / self.temperature[self.space.number[name]], self._head()[self.decoder_embeddings.vocabulary(name)]
+        )
 
     def _head(self) -> Tensor:
         """(vocab_size, D): a row scores its id."""
@@ -208,7 +221,7 @@ class FourM(nn.Module):
         cooled = hidden / self.temperature[batch.target_mod.clamp(min=0)].unsqueeze(-1).to(hidden.dtype)
         states = cooled.flatten(0, 1).index_select(0, order).split(counts)[1:]
         ids, places = batch.target.flatten()[order].split(counts)[1:], order.split(counts)[1:]
-        vocabularies = self.space.vocabularies
+        vocabularies = self.decoder_embeddings.vocabularies
         heads = self._head().split([ids.stop - ids.start for ids in vocabularies.values()])
         head = dict(zip(vocabularies, heads, strict=True))
         for name, state, targets, where in zip(self.space.names, states, ids, places, strict=True):
@@ -225,7 +238,7 @@ class FourM(nn.Module):
     def decode_next(self, ids: Tensor, pos: Tensor, mod: Tensor, cache: DecoderCache) -> Tensor:
         """Feeds one more token per row ((B,) rows of the tables, modality numbers); hidden states (B, D)."""
         side = self.decoder_embeddings
-        x = (side.tokens(ids) + side.place(pos, mod))[:, None]
+        x = (side.look_up(ids, mod) + side.place(pos, mod))[:, None]
         for block, state in zip(self.decoder, cache.states, strict=True):
             x = block.step(x, state, cache.step, cache.mask)
         cache.step += 1
@@ -258,12 +271,68 @@ class FourM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> FourM:
-        """Loads a model from a folder or a Hugging Face hub id."""
-        folder = resolve(path)
-        card = json.loads((folder / "config.json").read_text())
-        model = cls(FourMConfig(**card["model"]), TokenSpace.from_dict(card["modalities"]))
-        model.load_unique_state_dict(load_file(folder / "model.safetensors"))
+        """Loads a model.
+
+        Args:
+            path: A folder or Hugging Face hub id, of ours or of 4M's (`EPFL-VILAB/4M-21_XL`), or a file of 4M's
+                (`.safetensors`, or a training checkpoint `.pth`).
+
+        Raises:
+            ValueError: Nothing of that kind is there, or its tensors do not fit its config.
+        """
+        found = resolve(path)
+        card = own_card(found)
+        if not card:
+            return cls.from_official(*read_official(found))
+        with WithoutInit():
+            model = cls(FourMConfig(**card["model"]), TokenSpace.from_dict(card["modalities"]))
+        model.load_unique_state_dict(load_file(found / "model.safetensors"))
         return model.eval()
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FourM:
+        """Builds a model from what an official checkpoint holds.
+
+        Args:
+            config: Of 4M's `FM`, or the arguments of its training script.
+            tensors: State dict; equal token tables and heads become one tensor.
+
+        Raises:
+            ValueError: A config we do not know, or missing, unexpected or misshapen tensors; names them.
+        """
+        shape, space = official.our_config(config)
+        with WithoutInit():
+            model = cls(dataclasses.replace(shape, tied_head=official.is_tied(tensors)), space)
+        official.load(model, tensors)
+        return model.eval()
+
+    def save_official(self, path: str | Path) -> None:
+        """Writes the model as 4M's own `FM` loads it.
+
+        Args:
+            path: A `.safetensors` file, with the config in its header, or a folder for one and a `config.json`.
+
+        Raises:
+            ValueError: The model has modalities that 4M does not have.
+        """
+        official.save(self, path)
+
+
+class WithoutInit(TorchFunctionMode):
+    """Models built inside leave their parameters unset, to be loaded: drawing those of 4M-21 XL takes a minute."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls everything but `torch.nn.init`."""
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def own_card(folder: Path) -> dict[str, Any]:
+    """What `FourM.config_json` wrote into a folder; nothing if it holds no model of ours."""
+    file = folder / "config.json"
+    card = json.loads(file.read_text()) if file.is_file() else {}
+    return card if "modalities" in card else {}
 
 
 def _ramp(last: float, depth: int) -> list[float]:
@@ -272,6 +341,6 @@ def _ramp(last: float, depth: int) -> list[float]:
 
 
 def _cross_mask(sample: Tensor, context_sample: Tensor) -> Tensor:
-    """(B, M), (B, N) -> (B, M, N): tokens see their own sample; one without inputs sees the empty slots."""
+    """(B, M), (B, N) -> (B, M, N): tokens see their own sample; one without inputs sees the empty slots (-1)."""
     own = sample[:, :, None] == context_sample[:, None, :]
-    return torch.where(own.any(-1, keepdim=True), own, context_sample[:, None, :] < 0)
+    return torch.where(own.any(-1, keepdim=True), own, context_sample[:, None, :] == -1)

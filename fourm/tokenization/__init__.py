@@ -7,9 +7,10 @@ from pathlib import Path
 
 from fourm.checkpoint import resolve
 from fourm.tokenization.autoencoder import ImageTokenizer
+from fourm.tokenization.official import load_official
 from fourm.tokenization.text import TextTokenizer
 
-Tokenizer = ImageTokenizer | TextTokenizer
+AnyTokenizer = ImageTokenizer | TextTokenizer
 
 TOKENIZERS: dict[str, type[ImageTokenizer] | type[TextTokenizer]] = {
     "autoencoder": ImageTokenizer,
@@ -17,17 +18,31 @@ TOKENIZERS: dict[str, type[ImageTokenizer] | type[TextTokenizer]] = {
 }
 
 
-def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
-    """Loads a tokenizer from a folder or a Hugging Face hub id.
+def load_tokenizer(path_or_id: str | Path, domain: str | None = None) -> AnyTokenizer:
+    """Loads a tokenizer from a folder or a Hugging Face hub id, ours or one of apple/ml-4m.
+
+    Args:
+        path_or_id: A folder, `owner/name[@revision]`, or a checkpoint file of 4M.
+        domain: Modality of a tokenizer of 4M, such as `depth`; default: what its name or its arguments say.
 
     Raises:
-        ValueError: There is no such folder or repository, it holds no `config.json`, or its type is unknown.
+        ValueError: There is no such folder or repository, or it holds no tokenizer that we know.
     """
-    folder = resolve(path_or_id)
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{folder} is not a tokenizer: it has no config.json")
-    kind = json.loads(config.read_text()).get("type")
+    path = resolve(path_or_id)
+    config = path / "config.json"
+    content = json.loads(config.read_text()) if config.is_file() else {}
+    weights = [*path.glob("*.safetensors"), *path.glob("*.pth")]
+    if path.is_file() or "enc_type" in content or (weights and not content):
+        return load_official(path, str(path_or_id), domain)
+    if not content:
+        raise ValueError(f"{path} is not a tokenizer: it has no config.json")
+    kind = content.get("type")
     if kind not in TOKENIZERS:
         raise ValueError(f"{config}: type is {kind!r}, allowed are {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[kind].from_folder(folder)
+    return TOKENIZERS[kind].from_folder(path)
+
+
+class Tokenizer:
+    """Loads tokenizers of any type."""
+
+    from_pretrained = staticmethod(load_tokenizer)

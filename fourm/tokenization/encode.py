@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fourm.checkpoint import resolve
 from fourm.data.shards import ShardDataset, shard_name, write_shards
 from fourm.modalities import Modality, TokenSpace
-from fourm.tokenization import Tokenizer, load_tokenizer
+from fourm.tokenization import AnyTokenizer, ImageTokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,20 @@ def tokenizer_folder(name: str, row: Modality, root: str | Path) -> Path:
     return resolve(where) if "/" in where and not local.exists() else resolve(local)
 
 
-def load_tokenizers(space: TokenSpace, root: str | Path, device: str = "cpu") -> dict[str, Tokenizer]:
+def load_tokenizers(space: TokenSpace, root: str | Path, device: str = "cpu") -> dict[str, AnyTokenizer]:
     """The tokenizer of every discrete modality, each checked against its row.
 
     Raises:
         ValueError: A tokenizer is missing, or its vocabulary or grid differ from the modality table.
     """
-    tokenizers: dict[str, Tokenizer] = {}
+    tokenizers: dict[str, AnyTokenizer] = {}
     for name, row in space.modalities.items():
         if not row.discrete:
             continue
         folder = tokenizer_folder(name, row, root)
         tokenizer = load_tokenizer(folder)
+        if isinstance(tokenizer, ImageTokenizer) and tokenizer.resizable and row.grid:
+            tokenizer.use_grid(row.grid)
         if (tokenizer.vocab_size, tokenizer.grid) != (row.vocab_size, row.grid):
             raise ValueError(
                 f"{name}: the modality table says {row.vocab_size} ids and grid {row.grid}, but the tokenizer "
@@ -80,7 +82,7 @@ def load_tokenizers(space: TokenSpace, root: str | Path, device: str = "cpu") ->
 
 
 def encode_samples(
-    samples: Sequence[Mapping[str, Any]], space: TokenSpace, tokenizers: Mapping[str, Tokenizer]
+    samples: Sequence[Mapping[str, Any]], space: TokenSpace, tokenizers: Mapping[str, AnyTokenizer]
 ) -> list[dict[str, Any]]:
     """Token samples of raw samples.
 
@@ -102,7 +104,9 @@ def encode_samples(
     return encoded
 
 
-def _encode(name: str, tokenizer: Tokenizer, raw: Sequence[Any], samples: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
+def _encode(
+    name: str, tokenizer: AnyTokenizer, raw: Sequence[Any], samples: Sequence[Mapping[str, Any]]
+) -> Sequence[Any]:
     """All values at once; the error names the first sample that the tokenizer refuses."""
     try:
         return list(tokenizer.encode(raw))

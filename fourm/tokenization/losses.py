@@ -33,4 +33,5 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "smooth_l1": partial(F.smooth_l1_loss, reduction="none"),
     "cosine": cosine,
     "cross_entropy": cross_entropy,
+    "binary_cross_entropy": partial(F.binary_cross_entropy_with_logits, reduction="none"),
 }

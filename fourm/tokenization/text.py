@@ -133,7 +133,26 @@ class TextTokenizer:
         config = json.loads((Path(folder) / "config.json").read_text())
         config.pop("type", None)
         config["fields"] = {name: tuple(bounds) for name, bounds in config.get("fields", {}).items()}
-        return cls(Tokenizer.from_file(str(Path(folder) / "tokenizer.json")), CodecConfig(**config))
+        return cls.from_file(Path(folder) / "tokenizer.json", CodecConfig(**config))
+
+    @classmethod
+    def from_file(cls, path: str | Path, codec: CodecConfig | None = None) -> TextTokenizer:
+        """Loads a bare Hugging Face tokenizer file, such as 4M's `text_tokenizer_4m_wordpiece_30k.json`.
+
+        Args:
+            path: The file.
+            codec: How values are written as text; default: captions, which are their own text.
+
+        Raises:
+            ValueError: There is no such file, or it is not a tokenizer.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"{path} is not a file, expected a Hugging Face tokenizer (.json)")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path} is not a Hugging Face tokenizer: {error}") from error
+        return cls(tokenizer, codec or CodecConfig("caption"))
 
 
 def fit_text_tokenizers(

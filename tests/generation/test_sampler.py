@@ -1,13 +1,16 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from fourm.generation.plan import Step, Target, chain
 from fourm.generation.sampler import Given, Sampler, from_samples, guide, highest, merge, pack
+from fourm.generation.sampling import sample
 from fourm.masking.batch import Selection, Tokens, assemble
 from fourm.masking.transfer import transfer_batch
 from fourm.modalities import Modality, TokenSpace
-from fourm.model.fourm import FourM, FourMConfig
+from fourm.model.fourm import Context, FourM, FourMConfig
 
 TEXT = {"vocab_size": 40, "sentinels": 10, "vocab": "text"}
 SPACE = TokenSpace(
@@ -194,7 +197,7 @@ def test_merging_by_hand():
     row = SPACE["caption"]
     assert merge(row, [20, one, 21, two], [30, 31, two, 32, EOS]) == [20, 30, 31, 21, 32, EOS]
     assert merge(row, [20, one, 21, two], [30, three]) == [20, 30, 21]
-    assert merge(row, [20, one], [three, 30, one, 31]) == [20, 30, 31]
+    assert merge(row, [20, one], [30, three, 31, one, 32]) == [20, 30, 32]  # what follows [S_3] has no place
     assert merge(row, [one], []) == []
     assert merge(row, [one], [25] * 40) == [25] * 12
 
@@ -280,6 +283,47 @@ def test_only_what_is_known_and_asked_is_embedded():
     assert (batch.mod >= 0).sum(1).tolist() == [12, 14, 0, 0]
     assert (batch.target_mod >= 0).sum(1).tolist() == [9, 7, 9, 7]
     assert torch.equal(batch.sample < 0, batch.mod < 0) and torch.equal(batch.target_sample < 0, batch.target_mod < 0)
+
+
+@torch.no_grad()
+def test_as_4m_samples(model):
+    """Hidden and unwritten texts are `[S_1]`, hidden vectors zero; where nothing is left, there is no context."""
+    theirs = FourM(dataclasses.replace(model.config, blank_hidden=True), SPACE)
+    theirs.load_state_dict(model.state_dict())
+    plan = [Step("normal", "maskgit", 12, 0.0, guidance=(2.0,))]
+    depth, caption = Given.grid(ids("depth", 2)), Given.texts([[20, 21, EOS], [22, EOS]])
+    vectors = Given.floats(torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(4)))
+    for hidden, shown in ((caption, Given.texts([[SENTINEL + 1]] * 2)), (vectors, Given.floats(torch.zeros(2, 1, 5)))):
+        name = "caption" if hidden is caption else "features"
+        ours = Sampler(theirs).generate({name: hidden}, plan)["normal"]
+        assert torch.equal(ours, Sampler(model).generate({name: shown}, plan, conditions=[{name: hidden}])["normal"])
+        assert not torch.equal(ours, Sampler(model).generate({name: hidden}, plan)["normal"])
+
+    batch = pack(SPACE, [{"depth": depth}], 2, torch.device("cpu"), "normal", torch.ones(2, 12, dtype=torch.bool))
+    nothing = Context(torch.zeros(2, 0, 32), torch.zeros(2, 0, dtype=torch.long))
+    guided, free = (model.logits(model.decode(batch, c), "normal") for c in (model.encode(batch), nothing))
+    assert torch.equal(Sampler(theirs).generate({"depth": depth}, plan)["normal"], (2 * guided - free).argmax(-1))
+
+    chained = chain(SPACE, [Target("normal", temperature=0.0, steps=2), Target("caption", temperature=0.0)])
+    ours = Sampler(theirs).generate({"depth": depth}, chained)
+    seen = Sampler(model).generate({"depth": depth, "caption": Given.texts([[SENTINEL + 1]] * 2)}, chained)
+    assert torch.equal(ours["normal"], seen["normal"])
+    assert [text.tolist() for text in ours["caption"]] == [text.tolist() for text in seen["caption"]]
+
+
+def test_order_and_draws_can_be_replaced(model):
+    """Positions in reading order, and the second likeliest id instead of the likeliest."""
+    plan = chain(SPACE, [Target("normal", "roar", steps=4)])
+    sampler = Sampler(
+        model,
+        lambda logits, *settings: sample(logits, draw=lambda p, ids, generator: p.topk(2).indices[:, 1]),
+        lambda shape, generator: torch.linspace(1, 0, shape[1]).expand(shape),
+    )
+    for number, (_, state) in enumerate(sampler.iterate({}, plan), start=1):
+        assert state["normal"].known.tolist() == [[place < 3 * number for place in range(12)]]
+        if number == 1:
+            logits = plain_logits(model, {}, "normal", [0, 1, 2])
+            assert state["normal"].values[0, :3].tolist() == logits.topk(2).indices[:, 1].tolist()
 
 
 def test_small_pieces_by_hand():

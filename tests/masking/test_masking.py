@@ -2,22 +2,18 @@
 
 import functools
 import itertools
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from fourm.masking.batch import MaskedBatch
 from fourm.masking.budgets import Component, MaskingConfig
 from fourm.masking.collect import finish, sequences
-from fourm.masking.masking import Masker, choose_cells, shuffle_chunks
+from fourm.masking.masking import Masker, cell_ranks, choose_cells, shuffle_chunks
 from fourm.modalities import Modality, TokenSpace
 
-FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
 EOS, S0 = 3, 4
 
 SPACE = TokenSpace(
@@ -228,7 +224,7 @@ def test_layout() -> None:
 def test_chosen_cells_are_uniform_and_of_the_right_number() -> None:
     length, many = np.array([7, 4]), 6000
     given, asked = np.full((many, 2), 2), np.full((many, 2), [4, 2])
-    one, two = choose_cells(length, given, asked, np.arange(many, dtype=np.uint64))
+    one, two = choose_cells(cell_ranks(length, np.arange(many, dtype=np.uint64)), given, asked)
     assert not (one & two).any()
     assert (one.sum(axis=2) == given).all()
     assert (two.sum(axis=2) == asked).all()
@@ -315,44 +311,3 @@ def test_too_few_sentinels() -> None:
     config = MaskingConfig(9, 9, [Component(input={"text": 1}, target={"text": 1})])
     with pytest.raises(ValueError, match=r"text has room for 11 sentinels from id 4 on, but .* can need 12"):
         Masker(space, config)
-
-
-@pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_realised_tokens_equal_the_reference(number: int, reference_masking: Callable) -> None:
-    """Means over the reference's own corpus of texts, after budgets, span masking and truncation."""
-    config, space, masking = reference_masking(number)
-    stored = json.loads((FIXTURES / "masking" / "realised_stats.json").read_text())
-    expected, count = stored["configs"][number], 800
-    assert expected["alphas"] == config["alphas"]
-    assert expected["input_tokens_range"] == config["input_tokens_range"]
-    data = corpus(space, stored["corpus"])
-    batch = Masker(space, masking)([data[index % len(data)] for index in range(count)], draws(count))
-
-    sides = {"valid_inputs": batch.mod}
-    if "t5_caption" not in space.names:  # else the reference wastes target tokens on it, which we do not
-        sides["decoder_tokens"] = batch.target_mod
-    for side, mod in sides.items():
-        for name, stats in expected[side].items():
-            mean = float((mod == space.number[name]).sum()) / count
-            allowed = 5 * stats["std"] * np.sqrt(1 / count + 1 / expected["draws"])
-            assert abs(mean - stats["mean"]) <= allowed + 1e-9, (side, name)
-
-
-def corpus(space: TokenSpace, records: list[dict]) -> list[dict]:
-    """The reference's text records as token samples; grids and pixels hold anything."""
-    tokenizer = Tokenizer.from_file(str(FIXTURES / "text_tokenizer_4m_wordpiece_30k.json"))
-    anything: dict[str, np.ndarray] = {}
-    for name, row in space.modalities.items():
-        if row.kind == "grid":
-            anything[name] = np.zeros(row.length, dtype=int)
-        elif row.kind == "patches":
-            assert row.grid is not None
-            anything[name] = np.zeros((16 * row.grid[0], 16 * row.grid[1], 3), dtype=np.uint8)
-    data = []
-    for record in records:
-        texts = {name: " ".join(text) if isinstance(text, list) else text for name, text in record.items()}
-        ids = {name: np.array(tokenizer.encode(texts[name]).ids) for name in texts if name in space.names}
-        data.append(anything | ids)
-        if "t5_caption" in space.names:
-            data[-1]["t5_caption"] = np.ones((record["t5_rows"], 4), dtype=np.float32)
-    return data

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from fourm.tokenization import load_tokenizer
 from fourm.tokenization.structured import CodecConfig
@@ -46,10 +45,18 @@ def test_reads_the_tokenizer_of_4m():
     path = SHARED / "fixtures/text_tokenizer_4m_wordpiece_30k.json"
     if not path.exists():
         pytest.skip(f"{path} is not here")
-    tokenizer = TextTokenizer(Tokenizer.from_file(str(path)), CodecConfig("palette"))
+    tokenizer = TextTokenizer.from_file(path, CodecConfig("palette"))
     ids = tokenizer.encode([[[140, 231, 126]]])
     assert ids[0].tolist() == [1205, 344, 435, 330]  # fixture transforms/color_palette.json
     assert tokenizer.decode(ids) == [[[140, 231, 126]]]
+
+
+def test_a_file_that_is_no_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match=r"absent\.json is not a file"):
+        TextTokenizer.from_file(tmp_path / "absent.json")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other\.json is not a Hugging Face tokenizer"):
+        TextTokenizer.from_file(tmp_path / "other.json")
 
 
 def test_values_come_back(fitted):
