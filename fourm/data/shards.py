@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import io
 import itertools
 import json
@@ -57,6 +58,10 @@ def _encode_npy(value: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _encode_json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
 @functools.lru_cache
 def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], bool]:
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
@@ -88,7 +93,12 @@ EXTENSIONS: dict[str, Codec] = {
     "jpeg": Codec("image", lambda value: _encode_image(value, "JPEG"), _decode_image),
     "webp": Codec("image", lambda value: _encode_image(value, "WEBP"), _decode_image),
     "npy": Codec("array", _encode_npy, _decode_npy),
-    "json": Codec("object", lambda value: json.dumps(value, ensure_ascii=False).encode(), json.loads),
+    "json": Codec("object", _encode_json, json.loads),
+    "json.gz": Codec(
+        "object",
+        lambda value: gzip.compress(_encode_json(value), mtime=0),
+        lambda data: json.loads(gzip.decompress(data)),
+    ),
     "txt": Codec("text", str.encode, bytes.decode),
 }
 

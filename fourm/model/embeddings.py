@@ -80,6 +80,7 @@ class Embeddings(nn.Module):
                 self.learned[name] = slice(len(learned), len(learned) + row.length)
                 learned += range(space.position_offset[number], space.position_offset[number] + row.length)
         self.tokens = nn.Embedding(size, dim)
+        self.shares_head = False
         self.register_buffer("shift", torch.from_numpy(shift) if shift.any() else None, persistent=False)
         rows = self.names if rows is None else rows
         self.modality = nn.Parameter(torch.empty(len(rows), dim))
@@ -112,7 +113,9 @@ class Embeddings(nn.Module):
         if not self.vocabularies:
             return self.modality.new_zeros(*ids.shape, self.modality.shape[1])
         ids = ids if self.shift is None else ids - self.shift[mod]
-        return self.tokens(ids.clamp(min=0))
+        # A head that shares the table makes a dense gradient; ours is a few rows to add to it.
+        sparse = self.shares_head and not torch.compiler.is_compiling()
+        return F.embedding(ids.clamp(min=0), self.tokens.weight, sparse=sparse)
 
     def content(self, ids: Tensor, mod: Tensor, rows: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Tensor:
         """What the tokens say: (B, N) ids, and (K, width) rows for (K,) slots of B * N -> (B, N, D), 0 if empty."""

@@ -34,6 +34,7 @@ from fourm.modalities import TokenSpace
 from fourm.model import official
 from fourm.model.config import FourMConfig
 from fourm.model.embeddings import Embeddings
+from fourm.model.head import Segment, linear_cross_entropy
 from fourm.model.layers import DecoderBlock, DecoderState, EncoderBlock, LayerNorm
 
 
@@ -69,6 +70,7 @@ class FourM(nn.Module):
 
     is_grid: Tensor
     temperature: Tensor
+    vocabulary_start: Tensor
     encoder: Sequence[EncoderBlock]
     decoder: Sequence[DecoderBlock]
 
@@ -79,6 +81,7 @@ class FourM(nn.Module):
         rows = space.names if config.share_modality_embeddings else None
         self.encoder_embeddings = Embeddings(space, dim, space.inputs(), rows=rows)
         self.decoder_embeddings = Embeddings(space, dim, space.outputs(), decoder=True, rows=rows)
+        self.decoder_embeddings.shares_head = config.tied_head
         if config.share_modality_embeddings:
             self.decoder_embeddings.modality = self.encoder_embeddings.modality
         self.mask_token = nn.Parameter(torch.empty(dim))
@@ -94,6 +97,7 @@ class FourM(nn.Module):
         self.to_logits = None if config.tied_head else nn.Linear(dim, vocab_size, bias=False)
         is_grid = torch.from_numpy(np.append(space.is_grid, True))  # the last entry answers for empty slots (-1)
         self.register_buffer("is_grid", is_grid, persistent=False)
+        self.register_buffer("vocabulary_start", torch.from_numpy(space.vocab_offset), persistent=False)
         self.register_buffer("temperature", torch.ones(len(space)))  # divides the logits of each modality
         self.init_weights()
 
@@ -187,19 +191,19 @@ class FourM(nn.Module):
         """
         if kind not in ("mod", "token"):
             raise ValueError(f"loss is {kind!r}, allowed are 'mod' and 'token'")
-        here = self.counts(batch)
-        counts = here if counts is None else counts
-        sums = {
-            name: F.cross_entropy(scores.float(), ids, reduction="sum")
-            for name, scores, ids, _ in self.scores(batch, self(batch))
-        }
-        means = {name: total / counts[self.space.number[name]] for name, total in sums.items()}
-        zero = 0.0 * self.mask_token.sum()  # keeps the graph where nothing is asked
+        counts = self.counts(batch) if counts is None else counts
+        names, sizes, states, ids, _ = self.sorted_targets(batch, self(batch))
+        if not names:
+            return {"loss": 0.0 * self.mask_token.sum()}  # keeps the graph where nothing is asked
+        denominators = counts[[self.space.number[name] for name in names]]
         if kind == "mod":
-            loss = sum(means.values(), zero) / len(self.space.outputs())
+            weights = 1 / (denominators * len(self.space.outputs()))
         else:
-            loss = sum(sums.values(), zero) / counts.sum().clamp(min=1)
-        return {"loss": loss} | {f"loss/{name}": mean.detach() for name, mean in means.items()}
+            weights = (1 / counts.sum().clamp(min=1)).expand(len(names))
+        segments = [Segment(*part) for part in zip(sizes, map(self.decoder_embeddings.vocabulary, names), strict=True)]
+        loss, sums = linear_cross_entropy(states, self._head(), ids, segments, weights)
+        means = (sums / denominators).unbind()
+        return {"loss": loss} | {f"loss/{name}": mean for name, mean in zip(names, means, strict=True)}
 
     @torch.no_grad()
     def token_nll(self, batch: MaskedBatch, hidden: Tensor | None = None) -> Tensor:
@@ -211,23 +215,32 @@ class FourM(nn.Module):
         return nll.view(batch.target.shape)
 
     def scores(self, batch: MaskedBatch, hidden: Tensor) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        """Sorts the asked tokens by modality once; yields (name, logits, ids within its vocabulary, places).
+        """Per modality that is asked: name, logits (K, vocab_size), ids within its vocabulary (K,), places (K,)."""
+        names, sizes, *tensors = self.sorted_targets(batch, hidden)
+        for name, states, ids, places in zip(names, *(tensor.split(sizes) for tensor in tensors), strict=True):
+            yield name, F.linear(states, self._head()[self.decoder_embeddings.vocabulary(name)]), ids, places
 
-        Tokens and head are split rather than indexed, so that their gradients are written once and not per modality.
+    def sorted_targets(
+        self, batch: MaskedBatch, hidden: Tensor
+    ) -> tuple[list[str], list[int], Tensor, Tensor, Tensor]:
+        """Sorts the asked tokens by modality.
+
+        Args:
+            batch: B rows of M asked slots.
+            hidden: (B, M, D) their states.
+
+        Returns:
+            Names of the modalities that are asked; how many tokens each; and of these K tokens the states (K, D) as the
+            head gets them, ids within the vocabulary (K,) and places in the flattened (B * M) slots (K,).
         """
         mod = batch.target_mod.flatten()
-        order = mod.argsort(stable=True)
         counts = torch.bincount(mod + 1, minlength=len(self.space) + 1).tolist()
-        cooled = hidden / self.temperature[batch.target_mod.clamp(min=0)].unsqueeze(-1).to(hidden.dtype)
-        states = cooled.flatten(0, 1).index_select(0, order).split(counts)[1:]
-        ids, places = batch.target.flatten()[order].split(counts)[1:], order.split(counts)[1:]
-        vocabularies = self.decoder_embeddings.vocabularies
-        heads = self._head().split([ids.stop - ids.start for ids in vocabularies.values()])
-        head = dict(zip(vocabularies, heads, strict=True))
-        for name, state, targets, where in zip(self.space.names, states, ids, places, strict=True):
-            if len(where):
-                row = self.space[name]
-                yield name, F.linear(state, head[row.vocab or name]), targets - self.space.vocabulary(name).start, where
+        asked = [(name, count) for name, count in zip(self.space.names, counts[1:], strict=True) if count]
+        places = mod.argsort(stable=True)[counts[0] :]
+        mod = mod[places]
+        states = hidden.flatten(0, 1).index_select(0, places) / self.temperature[mod].unsqueeze(1)
+        ids = batch.target.flatten()[places] - self.vocabulary_start[mod]
+        return [name for name, _ in asked], [count for _, count in asked], states, ids, places
 
     def start_decoding(self, context: Context, length: int) -> DecoderCache:
         """Prepares to decode one text of at most `length` tokens per row of the context (sample 0 of each row)."""

@@ -22,6 +22,7 @@ def raw_samples(count: int = 6) -> list[dict]:
             "depth": RNG.integers(0, 65536, (8, 8)).astype(np.uint16),
             "height": RNG.integers(-9, 9, (8, 8)).astype(np.int16),
             "places": [{"name": f"Ålesund {i}", "x": 0.5}],
+            "titles": [f"été {i}", "hiver"],
             "caption": f"tile {i}: été",
         }
         for i in range(count)
@@ -58,7 +59,8 @@ def npy(value) -> bytes:
 
 def test_values_come_back(tmp_path):
     samples = raw_samples()
-    assert write_shards(tmp_path, "train", samples, 4) == ["shard-000000.tar", "shard-000001.tar"]
+    packed = {"titles": "json.gz"}
+    assert write_shards(tmp_path, "train", samples, 4, extensions=packed) == ["shard-000000.tar", "shard-000001.tar"]
     data = ShardDataset(tmp_path / "train")
     assert data.keys == [f"s{i}" for i in range(6)] and len(data) == 6
     for i, sample in enumerate(samples):
