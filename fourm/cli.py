@@ -23,6 +23,7 @@ VERBS = {
     "tokenizer": "train an image tokenizer and measure it",
     "tokenize": "turn raw shards into token shards",
     "train": "train an any-to-any model on token shards",
+    "plan": "say what a training run takes: tokens, memory, days",
     "generate": "generate modalities from others and save pictures",
     "evaluate": "measure a model: any-to-any matrix, tasks, tokenizers",
     "report": "write the page that people look at",

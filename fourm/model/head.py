@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Scores of one chunk, in bytes.
-CHUNK = 2**27
+CHUNK = 2**25
 
 
 class Segment(NamedTuple):
@@ -64,13 +64,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     chunk = slice(first, min(first + size, start + tokens))
                     states, targets = hidden[chunk].to(dtype), ids[chunk, None]
                     scores = (states @ head.T).float()
-                    normaliser = scores.logsumexp(1, keepdim=True)
-                    sums[number] += (normaliser - scores.gather(1, targets)).sum()
+                    scores.sub_(scores.amax(1, keepdim=True))
+                    truth = scores.gather(1, targets)
+                    total = scores.exp_().sum(1, keepdim=True)
+                    sums[number] += (total.log() - truth).sum()
                     if grad_hidden is None or grad_table is None:
                         continue
-                    # The gradient of the scores, in their place: probabilities minus the truth.
-                    scores.sub_(normaliser).exp_().scatter_add_(1, targets, -torch.ones_like(normaliser))
-                    slope = scores.mul_(weights[number]).to(dtype)
+                    # The gradient of the scores, in their place: weighted probabilities minus the truth.
+                    weight = weights[number]
+                    scores.mul_(weight / total).scatter_add_(1, targets, -weight.expand_as(total))
+                    slope = scores.to(dtype)
                     grad_hidden[chunk] = slope @ head
                     _add_product(grad_table[rows], slope.T, states, fresh=rows.start not in written)
                     written.add(rows.start)

@@ -5,6 +5,8 @@ B rows, N query tokens, K key tokens, D width, H heads.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -111,7 +113,23 @@ class Mlp(nn.Module):
         """(B, N, D) -> (B, N, D)."""
         if self.fc3 is None:
             return self.fc2(F.gelu(self.fc1(x)))
-        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+        return self.fc2(SiluGate.apply(self.fc1(x), self.fc3(x)))
+
+
+class SiluGate(torch.autograd.Function):
+    """silu(a) * b, which remembers a and b only."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        """(..., H), (..., H) -> (..., H)."""
+        ctx.save_for_backward(a, b)
+        return F.silu(a).mul_(b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Gradients of a and b."""
+        a, b = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * b, a), F.silu(a).mul_(grad)
 
 
 class EncoderBlock(nn.Module):

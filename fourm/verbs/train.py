@@ -17,6 +17,7 @@ from fourm.modalities import TokenSpace
 from fourm.model.config import FourMConfig
 from fourm.model.fourm import FourM
 from fourm.training.calibration import calibrate
+from fourm.training.planner import Cluster, describe
 from fourm.training.tasks import HeldOutLoss, MaskedTask
 from fourm.training.trainer import TrainConfig, Trainer
 
@@ -35,6 +36,7 @@ class Config(TrainConfig):
         on_error: What bad samples do: `raise`, or `skip` and count.
         val_batches: Batches (of `batch_size` samples) of the held-out loss.
         calibrate: Fit a temperature per modality on those batches in the end, for a model that knows how sure it is.
+        dry_run: Only say what the run takes, on one node of 8 GPUs (`fourm plan` knows others). No data are needed.
     """
 
     data: str
@@ -46,12 +48,18 @@ class Config(TrainConfig):
     on_error: Literal["raise", "skip"] = "raise"
     val_batches: int = 8
     calibrate: bool = False
+    dry_run: bool = False
 
-    may_change = TrainConfig.may_change | set(["data", "modalities", "folder", "on_error", "val_batches", "calibrate"])
+    may_change = TrainConfig.may_change | set(
+        ["data", "modalities", "folder", "on_error", "val_batches", "calibrate", "dry_run"]
+    )
 
 
 def run(config: Config) -> None:
     """Trains, watches the loss on the validation split, and writes the finished model."""
+    if config.dry_run:
+        print(describe(config, config.model, TokenSpace.from_yaml(config.modalities), config.masking, Cluster()))
+        return
     joined = runtime.accelerator()
     folder = Path(config.folder)
     if joined.is_main_process:

@@ -1,0 +1,360 @@
+"""What a run takes before it is started: updates, tokens, parameters, memory, time. From shapes alone, without data.
+
+Notable:
+* a sample's tokens are drawn as the masker draws them, from modalities that are all there; texts shorter than their
+  budget then bring fewer, so loads, memory and time are upper bounds;
+* FLOPs are those of matrix products that the loss and its gradients need (two and four per weight or score); what
+  checkpointing computes again is not useful work, but takes time;
+* activations are the bytes autograd keeps for the backward pass, term by term (`Activations`), with attention that
+  keeps no scores, and a head that keeps none either;
+* not counted: the CUDA context, the allocator's gaps, and what lives within one operation. `SPARE` is left for them.
+
+n encoder tokens and m decoder tokens of a sample, D width, c bytes of a number that matrices are multiplied in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from fourm.masking.budgets import MaskingConfig, Mixture
+from fourm.modalities import TokenSpace
+from fourm.model.config import FourMConfig
+from fourm.model.fourm import FourM
+from fourm.training.optim import learning_rate, parameter_groups
+from fourm.training.trainer import TrainConfig
+
+GIB = 2**30
+SPARE = 0.1  # share of a GPU's memory
+
+
+class GPU(NamedTuple):
+    """Dense bfloat16 products in TFLOP/s, and memory in GiB, as their makers give them."""
+
+    tflops: float
+    gib: float
+
+
+GPUS = {
+    "A100-40G": GPU(312, 40),
+    "A100": GPU(312, 80),
+    "H100": GPU(989, 80),
+    "H200": GPU(989, 141),
+    "B200": GPU(2250, 180),
+    "L40S": GPU(362, 48),
+    "MI300X": GPU(1307, 192),
+    "RTX4090": GPU(165, 24),
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What is computed on.
+
+    Args:
+        gpus: How many.
+        gpu: Which, a name in `GPUS`.
+        mfu: Share of their peak that useful products reach.
+    """
+
+    gpus: int = 8
+    gpu: str = "A100"
+    mfu: float = 0.4
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise ValueError(f"gpu is {self.gpu!r}, allowed are {', '.join(GPUS)}")
+        if self.gpus < 1 or not 0 < self.mfu <= 1:
+            raise ValueError(f"gpus is {self.gpus} (at least 1), mfu is {self.mfu} (above 0, at most 1)")
+
+
+class Load(NamedTuple):
+    """What one sample brings on average.
+
+    Attributes:
+        given: Encoder tokens by modality; registers count as one.
+        asked: Decoder tokens by modality.
+        pairs: Query-key pairs of the encoder's self-attention, the decoder's, and of cross-attention.
+    """
+
+    given: Mapping[str, float]
+    asked: Mapping[str, float]
+    pairs: tuple[float, float, float]
+
+    @property
+    def tokens(self) -> tuple[float, float]:
+        """n and m."""
+        return sum(self.given.values()), sum(self.asked.values())
+
+
+def expected_load(space: TokenSpace, masking: MaskingConfig, registers: int = 0, draws: int = 1024) -> Load:
+    """The load of samples that have every modality."""
+    present, index = np.ones((draws, len(space)), bool), np.arange(draws)
+    budgets = Mixture(space, masking).draw(present, np.zeros_like(index), index)
+    given = np.column_stack([budgets.input, np.full(draws, registers)])
+    asked = budgets.target * [row.predicted for row in space.modalities.values()]
+    n, m = given.sum(1), asked.sum(1)
+    names = [*space.names, "registers"]
+    means = (dict(zip(names, tokens.mean(0).tolist(), strict=False)) for tokens in (given, asked))
+    return Load(*means, (float((n * n).mean()), float((m * m).mean()), float((n * m).mean())))
+
+
+class Parameters(NamedTuple):
+    """Numbers of a model.
+
+    Attributes:
+        total: All that are trained.
+        trunk: Those outside of the modalities' embeddings and heads, the count that 4M publishes.
+        multiplied: Those in linear layers, of which mixed precision makes copies.
+        block: Those of the largest block.
+        outside: Those outside of all blocks.
+        optimiser: Numbers that the optimiser remembers.
+    """
+
+    total: int
+    trunk: int
+    multiplied: int
+    block: int
+    outside: int
+    optimiser: int
+
+
+def count_parameters(model: FourM, muon: bool = False) -> Parameters:
+    """Counts a model's parameters; it may be on the meta device."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    modalities = ("encoder_embeddings.", "decoder_embeddings.", "to_logits.")
+    linear = (module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "to_logits")
+    blocks = [sum(p.numel() for p in block.parameters()) for block in [*model.encoder, *model.decoder]]
+    one_moment = sum(parameter.numel() for parameter in parameter_groups(model, muon)["muon"])
+    total = sum(sizes.values())
+    return Parameters(
+        total=total,
+        trunk=sum(size for name, size in sizes.items() if not name.startswith(modalities)),
+        multiplied=sum(module.weight.numel() for module in linear),
+        block=max(blocks),
+        outside=total - sum(blocks),
+        optimiser=2 * total - one_moment,
+    )
+
+
+def forward_flops(model: FourM, load: Load) -> dict[str, float]:
+    """FLOPs of the matrix products of one sample's forward pass: `inputs`, `linear`, `attention`, `head`."""
+    (n, m), dim = load.tokens, model.config.dim
+    flops = dict.fromkeys(("inputs", "linear", "attention", "head"), 0.0)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "to_logits":
+            modality = name.removeprefix("encoder_embeddings.project.")
+            of_encoder = not name.startswith("decoder.") or name.endswith("cross_attn.kv")
+            tokens = load.given[modality] if modality != name else n if of_encoder else m
+            flops["inputs" if modality != name else "linear"] += 2 * tokens * module.weight.numel()
+    encoder, decoder, cross = load.pairs
+    flops["attention"] = 4 * dim * (len(model.encoder) * encoder + len(model.decoder) * (decoder + cross))
+    flops["head"] = sum(2 * tokens * dim * model.space[name].vocab_size for name, tokens in load.asked.items())
+    return flops
+
+
+def training_flops(model: FourM, load: Load) -> float:
+    """FLOPs of one sample's forward and backward pass; nobody asks for the gradient of pixels and vectors."""
+    forward = forward_flops(model, load)
+    return 3 * sum(forward.values()) - forward["inputs"]
+
+
+class Activations(NamedTuple):
+    """Bytes that are kept for the backward pass, per sample.
+
+    Attributes:
+        encoder: One encoder block.
+        decoder: One decoder block.
+        ends: Embeddings, final norms, context and head.
+        inputs: Their own inputs only, of one block of the encoder and of the decoder.
+        depth: Blocks of the encoder and of the decoder.
+    """
+
+    encoder: float
+    decoder: float
+    ends: float
+    inputs: tuple[float, float]
+    depth: tuple[int, int]
+
+    @classmethod
+    def of(cls, config: FourMConfig, space: TokenSpace, load: Load, compute: int) -> Activations:
+        """Those of a model; `compute` is c."""
+        (n, m), dim, c = load.tokens, config.dim, compute
+        hidden = int(2 * int(dim * config.mlp_ratio) / 3) if config.gated_mlp else int(dim * config.mlp_ratio)
+        state = 4 * dim  # the stream between blocks and norms is float32
+        statistics = 8  # mean and deviation of a norm
+        heads = 4 * config.heads  # log-sum-exp of attention
+        # QK-norm: its input in float32 where that is a copy, its statistics, and its output.
+        head_norm = config.qk_norm * ((state if c < 4 else 0) + 8 * config.heads + c * dim)
+        query = state + statistics + c * 3 * dim + heads + head_norm  # norm; queries, and attention's input and output
+        key = c * 2 * dim + head_norm
+        mlp = state + statistics + c * dim + c * hidden * (4 if config.gated_mlp else 2)
+        context = statistics + c * dim + key
+        rows = sum(4 * space[name].width * load.given[name] for name in space.inputs() if not space[name].discrete)
+        return cls(
+            encoder=n * (query + key + mlp),
+            decoder=m * (query + key + query + mlp) + n * context,
+            ends=rows + n * (2 * state + statistics + c * dim) + m * (2 * state + statistics),
+            inputs=(n * state, m * state),
+            depth=(config.encoder_depth, config.decoder_depth),
+        )
+
+    def total(self, checkpoint: bool = False) -> float:
+        """All of them; with `checkpoint` blocks keep their inputs only, and one at a time computes the rest again."""
+        encoder, decoder = self.inputs if checkpoint else (self.encoder, self.decoder)
+        again = max(self.encoder, self.decoder) if checkpoint else 0
+        return self.depth[0] * encoder + self.depth[1] * decoder + again + self.ends
+
+
+class Memory(NamedTuple):
+    """Bytes on one GPU.
+
+    Attributes:
+        weights: Weights, and their moving average where there is one.
+        gradients: Gradients, and those on their way between GPUs.
+        optimiser: What the optimiser remembers.
+        copies: Weights in the precision of products, or gathered from other GPUs.
+        activations: What is kept for the backward pass.
+    """
+
+    weights: float
+    gradients: float
+    optimiser: float
+    copies: float
+    activations: float
+
+
+def memory(
+    parameters: Parameters, activations: float, gpus: int, sharded: bool, mixed: bool = True, ema: bool = False
+) -> Memory:
+    """Memory of one GPU.
+
+    With DDP all of the state is on every GPU, and the gradients a second time, in the buckets they are sent in. With
+    FSDP2 a GPU keeps its share, and gathers what is outside of blocks and two blocks (one ahead) in the precision of
+    products; gradients leave in float32.
+
+    Args:
+        parameters: Of the model.
+        activations: Bytes, of all samples that are computed at once.
+        gpus: How many share the work.
+        sharded: FSDP2 instead of DDP.
+        mixed: Matrices are multiplied in bfloat16.
+        ema: There is a moving average of the weights.
+    """
+    state = 4 / gpus if sharded else 4.0  # bytes of a number, here
+    copies, sent = 2.0 * mixed * parameters.multiplied, 4.0 * parameters.total * (gpus > 1)
+    if sharded:
+        copies = (2 if mixed else 4) * (parameters.outside + 2.0 * parameters.block)
+        sent = 4.0 * max(parameters.outside, parameters.block)
+    weights, gradients = state * parameters.total * (1 + ema), state * parameters.total + sent
+    return Memory(weights, gradients, state * parameters.optimiser, copies, activations)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a masked model's run takes.
+
+    Attributes:
+        load: Of an average sample.
+        parameters: Of the model.
+        updates: How many.
+        flops: Of one sample, forward and backward.
+        days: On the cluster; the second number is with checkpointed activations.
+        memory: Of one GPU, by what is sharded and kept.
+        accumulate: By the same names the fewest batches of an update that fit into memory; 0 if none does.
+    """
+
+    load: Load
+    parameters: Parameters
+    updates: int
+    flops: float
+    days: tuple[float, float]
+    memory: Mapping[str, Memory]
+    accumulate: Mapping[str, int]
+
+
+def plan(
+    train: TrainConfig, shape: FourMConfig, space: TokenSpace, masking: MaskingConfig, cluster: Cluster
+) -> Plan:
+    """Plans a run.
+
+    Args:
+        train: How long and how it trains.
+        shape: Shape of the model.
+        space: The modality table.
+        masking: What is given and asked.
+        cluster: Where.
+
+    Raises:
+        ValueError: Samples that cannot be shared out evenly, or another wrong config.
+    """
+    with torch.device("meta"):
+        model = FourM(shape, space)
+    parameters, load = count_parameters(model, train.optim.name == "muon"), expected_load(space, masking, shape.registers)
+    mixed, gpu = train.precision != "fp32", GPUS[cluster.gpu]
+    kept, samples = Activations.of(shape, space, load, 2 if mixed else 4), train.loader_batch(cluster.gpus)
+    flops, forward = training_flops(model, load), sum(forward_flops(model, load).values())
+    updates = math.ceil(train.tokens / (train.batch_size * sum(load.tokens))) if train.tokens else train.steps
+    rate = cluster.gpus * gpu.tflops * 1e12 * cluster.mfu * 86400
+    memories, fitting = {}, {}
+    for sharded, checkpoint in itertools.product((False, True), repeat=2):
+        name = ("FSDP2" if sharded else "DDP") + ", checkpointed" * checkpoint
+
+        def needed(at_once: int, sharded: bool = sharded, checkpoint: bool = checkpoint) -> Memory:
+            bytes_kept = at_once * kept.total(checkpoint)
+            return memory(parameters, bytes_kept, cluster.gpus, sharded, mixed, train.ema > 0)
+
+        own = samples * train.accumulate
+        cuts = (cut for cut in range(1, own + 1) if own % cut == 0)
+        memories[name] = needed(samples)
+        fitting[name] = next((cut for cut in cuts if sum(needed(own // cut)) <= (1 - SPARE) * gpu.gib * GIB), 0)
+    total = updates * train.batch_size / rate
+    return Plan(load, parameters, updates, flops, (total * flops, total * (flops + forward)), memories, fitting)
+
+
+def rates(train: TrainConfig) -> str:
+    """Learning rates over the run: at the end of the rise, and after each fifth."""
+    length = train.tokens or train.steps
+    warmup = train.optim.warmup if train.optim.warmup < 1 else train.optim.warmup / length
+    shares = sorted({0.0, warmup, *(share / 5 for share in range(1, 6))})
+    return ", ".join(f"{learning_rate(train.optim, share * length, length):.2e} at {share:.3g}" for share in shares)
+
+
+def describe(
+    train: TrainConfig, shape: FourMConfig, space: TokenSpace, masking: MaskingConfig, cluster: Cluster
+) -> str:
+    """The plan of a run as text. For arguments and errors see `plan`."""
+    made, (given, asked) = plan(train, shape, space, masking, cluster), Mixture(space, masking).widths
+    (n, m), samples, updates = made.load.tokens, train.batch_size, made.updates
+    parts = train.loader_batch(cluster.gpus)
+    days, repeated = made.days
+    lines = {
+        "model": f"width {shape.dim}, {shape.encoder_depth} + {shape.decoder_depth} blocks, {shape.heads} heads; "
+        f"{len(space.inputs())} modalities in, {len(space.outputs())} out",
+        "parameters": f"{made.parameters.total:,}; without embeddings and heads of modalities {made.parameters.trunk:,}",
+        "sample": f"{given} + {asked} slots; budgets fill {n:.1f} + {m:.1f}, texts that are shorter fewer",
+        "update": f"{samples:,} samples, {samples * (given + asked):,} slots, {samples * (n + m):,.0f} tokens; "
+        f"each of {cluster.gpus} GPUs computes {train.accumulate} x {parts} samples",
+        "run": f"{updates:,} updates, {updates * samples:,} samples, {updates * samples * (given + asked):,} slots, "
+        f"{updates * samples * (n + m):,.0f} tokens",
+        "rate": rates(train),
+        "compute": f"{made.flops / 1e9:,.2f} GFLOP a sample, {made.flops / (n + m) / 1e9:.3f} a token, "
+        f"{updates * samples * made.flops:.3g} FLOP in all",
+        "time": f"{days:,.2f} days on {cluster.gpus} {cluster.gpu} at {cluster.mfu:.0%} of their peak, {repeated:,.2f} "
+        "with checkpointed activations",
+    }
+    limit = GPUS[cluster.gpu].gib
+    text = [f"{name:<12}{value}" for name, value in lines.items()]
+    text.append(f"{f'memory, GiB of {limit:g}':<20}" + "".join(f"{name:>13}" for name in (*Memory._fields, "in all")))
+    for name, needed in made.memory.items():
+        cut = made.accumulate[name]
+        fits = f"fits with accumulate {cut}" if cut else "does not fit"
+        text.append(f"{name:<20}" + "".join(f"{each / GIB:13.2f}" for each in (*needed, sum(needed))) + f"  {fits}")
+    return "\n".join(text)

@@ -1,0 +1,40 @@
+"""`fourm plan`: what a training run takes on some GPUs, for any config or preset, without data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fourm.masking.budgets import Component, MaskingConfig
+from fourm.modalities import TokenSpace
+from fourm.model.config import FourMConfig
+from fourm.training.planner import Cluster, describe
+from fourm.verbs import train
+
+
+def _everything() -> MaskingConfig:
+    return MaskingConfig(128, 128, [Component(input={"others": 1.0}, target={"others": 1.0})])
+
+
+@dataclass(kw_only=True)
+class Config(train.Config):
+    """A training run, and where it should run. Only `modalities` is needed.
+
+    Args:
+        gpus: How many.
+        gpu: Which: A100-40G, A100, H100, H200, B200, L40S, MI300X, RTX4090.
+        mfu: Share of their peak that useful matrix products reach.
+    """
+
+    data: str = ""
+    folder: str = ""
+    model: FourMConfig = field(default_factory=FourMConfig)
+    masking: MaskingConfig = field(default_factory=_everything)
+    gpus: int = 8
+    gpu: str = "A100"
+    mfu: float = 0.4
+
+
+def run(config: Config) -> None:
+    """Prints the plan."""
+    space, cluster = TokenSpace.from_yaml(config.modalities), Cluster(config.gpus, config.gpu, config.mfu)
+    print(describe(config, config.model, space, config.masking, cluster))
