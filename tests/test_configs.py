@@ -1,7 +1,9 @@
 """Every configuration that ships is read, fits together, and says how it is run."""
 
+import dataclasses
 import importlib
 import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,11 +13,14 @@ import torch
 import yaml
 
 from fourm.cli import VERBS, read
+from fourm.masking.budgets import Mixture
 from fourm.masking.masking import Masker
 from fourm.modalities import TokenSpace
 from fourm.model.fourm import FourM
+from fourm.model.official import our_config
 from fourm.tokenization.autoencoder import ImageTokenizer
 from fourm.tokenization.encode import source_of
+from fourm.tokenization.official import official_tensors, tokenizer_config
 from fourm.training.optim import learning_rate, parameter_groups
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +28,27 @@ FOLDERS = {verb: verb for verb in VERBS} | {"demo": "run"}  # below configs/, an
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name in FOLDERS)
 RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "tokenizers").glob("*/recipe.yaml"))
 OUTPUTS = ("root", "folder", "output")  # keys of configs that name what is written
+FIXTURES = ROOT.parent / "shared" / "fixtures"
+
+# Parameters that 4M's README gives, by size, and those in its files, where heads are not tied, by recipe.
+PUBLISHED = {"b": 198_829_056, "l": 705_744_896, "xl": 2_822_971_392}
+IN_FILES = {"4m-7_b": 441_474_048, "4m-7_l": 1_029_271_552, "4m-7_xl": 3_470_024_704, "4m-21_b": 834_417_408,
+            "4m-21_l": 1_553_196_032, "4m-21_xl": 4_517_873_664, "4m-7-sr_l": 953_321_472}  # fmt: skip
+# Parameters of 4M's tokenizers, its fixed tables of positions included, and the training config each recipe is from.
+TOKENIZERS = {
+    "rgb": (286_894_416, "divae/rgb/ViTB-UNetP4_16k_224_predx0"),
+    "depth": (286_353_712, "divae/depth/ViTB-UNetP4_8k_224_predx0"),
+    "normal": (286_894_416, "divae/normal/ViTB-UNetP4_8k_224_predx0"),
+    "edge": (286_353_712, "divae/canny_edge/ViTB-UNetP4_8k_224_predx0"),
+    "semseg": (218_879_904, "vqvae/semseg_coco/ViTB-ViTB_4k_224"),
+    "clip": (180_695_584, "vqvae/CLIP-B16/ViTB-ViTB_8k_224"),
+    "dinov2": (181_181_216, "vqvae/DINOv2-B14/ViTB-ViTB_8k_224"),
+    "imagebind": (181_968_160, "vqvae/ImageBind-H14/ViTB-ViTB_8k_224"),
+    "dinov2-global": (115_042_048, "vqvae/DINOv2-B14-global/BMLP1024-BMLP1024_8k_224"),
+    "imagebind-global": (116_091_136, "vqvae/ImageBind-H14-global/BMLP1024-BMLP1024_8k_224"),
+    "human-poses": (106_683_599, "vqvae/human_poses/BMLP1024-BMLP1024_1k_224"),
+    "sam-instance": (181_550_468, "vqvae/sam_instance/ViTB-ViTB_1k_224_64"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +113,119 @@ def test_training_config_builds_its_model_and_masker(path):
     parameter_groups(model, config.optim.name == "muon")
     Masker(space, config.masking)
     check_length(config)
+
+
+def fixture(name: str):
+    if not FIXTURES.exists():
+        pytest.skip("the golden numbers of 4M are not on this machine")
+    return json.loads((FIXTURES / name).read_text())
+
+
+OF_4M = [path for path in of_verb("train") if path.stem.startswith("4m-")]
+
+
+def test_every_model_of_4m_has_a_recipe():
+    variants = {"4m-7_b_rgb2dense", "4m-7_b_capbias"}
+    specialised = {f"4m-7-t2i_{size}" for size in PUBLISHED}
+    assert {path.stem for path in OF_4M} == set(IN_FILES) | specialised | variants
+
+
+@pytest.mark.parametrize("path", OF_4M, ids=lambda path: path.stem)
+def test_recipe_of_4m_has_the_published_parameters_and_plans_its_run(path, capsys, tmp_path):
+    config, space = load(path), TokenSpace.from_yaml(load(path).modalities)
+    family, size = re.fullmatch(r"(4m-[^_]+)_([a-z]+).*", path.stem).groups()
+    with torch.device("meta"):
+        untied = FourM(dataclasses.replace(config.model, tied_head=False), space)
+    assert sum(p.numel() for p in untied.parameters()) == IN_FILES[f"{family.removesuffix('-t2i')}_{size}"]
+    header = path.read_text().partition("\ndata:")[0]
+    assert f"{PUBLISHED[size]:,}" in header and f"{sum(p.numel() for p in untied.parameters()):,}" in header
+    importlib.import_module("fourm.verbs.train").run(
+        dataclasses.replace(config, dry_run=True, folder=str(tmp_path / "x"))
+    )
+    said = capsys.readouterr().out
+    assert f"{PUBLISHED[size]:,} without those of modalities" in said
+    assert f"{config.steps:,} updates" in said and "FSDP2, checkpointed" in said
+    assert f"{config.optim.lr:.2e} at" in said
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("path", OF_4M, ids=lambda path: path.stem)
+def test_recipe_of_4m_has_the_shape_and_modalities_of_its_file(path):
+    family = re.match(r"4m-[^_]+_(b|l|xl)", path.stem)[0]
+    shape, space = our_config(fixture(f"fm/manifests/{family}.json")["config"])
+    config = load(path)
+    assert config.model == dataclasses.replace(shape, tied_head=True)
+    assert TokenSpace.from_yaml(config.modalities).to_dict() == space.to_dict()
+
+
+@pytest.mark.parametrize("name", ["4m-7_b", "4m-21_b"])
+def test_mixture_of_4m_is_that_of_the_reference(name):
+    config = load(Path(f"configs/train/{name}.yaml"))
+    space = TokenSpace.from_yaml(config.modalities)
+    mixture, tokens = Mixture(space, config.masking), config.masking.input_tokens
+    stored = next(
+        each
+        for each in fixture("masking/budget_stats.json")["configs"]
+        if set(each["modality_order"]) == set(space.names) and each["input_tokens_range"] == [tokens, tokens]
+    )
+    assert mixture.widths == (stored["input_tokens_range"][1], stored["target_tokens_range"][1])
+    weights = stored["sampling_weights"] or [1.0] * stored["num_components"]
+    assert mixture.weight.tolist() == weights
+    for number, modality in enumerate(space.names):
+        for side, key in enumerate(("input_alphas", "target_alphas")):
+            assert mixture.alpha[:, side, number].tolist() == stored[key][modality], (modality, key)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_recipe_of_a_tokenizer_of_4m_has_its_parameters(name, capsys, tmp_path):
+    path = Path(f"tokenizers/4m-{name}/recipe.yaml")
+    config = load(path)
+    with torch.device("meta"):
+        tokenizer = ImageTokenizer(config.tokenizer)
+    fixed = sum(tensor.numel() for key, tensor in tokenizer.named_buffers() if key.endswith(".positions"))
+    parameters = sum(p.numel() for p in tokenizer.parameters())
+    assert parameters + fixed == TOKENIZERS[name][0]
+    assert f"# Expected: {TOKENIZERS[name][0]:,} parameters" in path.read_text()
+    verb = importlib.import_module("fourm.verbs.tokenizer")
+    verb.run(dataclasses.replace(config, dry_run=True, folder=str(tmp_path / "x")))
+    said = capsys.readouterr().out
+    assert f"{parameters:,}" in said and f"{config.steps:,} updates" in said and not (tmp_path / "x").exists()
+
+
+def test_every_tokenizer_recipe_of_4m_is_compared():
+    assert {path.parent.name for path in RECIPES if path.parent.name.startswith("4m-")} == {
+        f"4m-{name}" for name in TOKENIZERS
+    }
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_recipe_of_a_tokenizer_of_4m_is_its_training_config(name):
+    """The network, the noise and the quantizer are those of 4M's own config."""
+    path = TOKENIZERS[name][1]
+    theirs = dict(fixture("vq/manifests/training_yamls.json")["entries"][f"{path}.yaml"]["config"])
+    if name.endswith("global"):
+        theirs["num_codebooks"] = 16  # as in the published tokenizers
+    expected, config = tokenizer_config(theirs, path.split("/")[1]), load(Path(f"tokenizers/4m-{name}/recipe.yaml"))
+    ours = config.tokenizer
+    with torch.device("meta"):
+        tensors = [official_tensors(ImageTokenizer(each)) for each in (ours, expected)]
+    assert {key: tensor.shape for key, tensor in tensors[0].items()} == {
+        key: tensor.shape for key, tensor in tensors[1].items()
+    }
+    quantizer = expected.quantizer
+    if quantizer.type == "vq":  # 4M's threshold grows with the number of GPUs, the fixture's is for one
+        quantizer = dataclasses.replace(quantizer, dead_code=8 * quantizer.dead_code, sync=True)
+    assert ours.quantizer == quantizer
+    source = expected.input if name != "human-poses" else dataclasses.replace(expected.input, mean=(0.5,), std=(0.5,))
+    assert (ours.input, ours.denoiser) == (source, expected.denoiser)
+    noise = (
+        "num_train_timesteps",
+        "beta_schedule",
+        "prediction_type",
+        "zero_terminal_snr",
+        "cls_free_guidance_dropout",
+    )
+    assert [getattr(ours.diffusion, key) for key in noise] == [getattr(expected.diffusion, key) for key in noise]
 
 
 @pytest.mark.parametrize("path", of_verb("tokenizer"), ids=str)

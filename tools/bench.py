@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import time
+import timeit
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
 
+from fourm import runtime
+from fourm.generation.plan import Plan, Step, Target, chain
+from fourm.generation.sampler import Given, Sampler
+from fourm.generation.sampling import sample
+from fourm.masking.batch import MaskedBatch
 from fourm.masking.budgets import Component, MaskingConfig
 from fourm.masking.masking import Masker
 from fourm.modalities import Modality, TokenSpace
+from fourm.model.fourm import FourM, FourMConfig
+from fourm.model.layers import CrossAttention, SelfAttention
+from fourm.training.optim import OptimConfig, build_optimizers, clip_gradients
+
+ROOT = Path(__file__).parents[1]
 
 
 def earth_space() -> TokenSpace:
@@ -69,7 +89,198 @@ def masking(samples: int = 8192, batch: int = 256) -> None:
     print(f"         slots filled: {given / samples / 128:.0%} of inputs, {asked / samples / 128:.0%} of targets)")
 
 
-BENCHMARKS = {"masking": masking}
+def four_m_7() -> TokenSpace:
+    """The modalities of 4M-7, with their published vocabularies."""
+    return TokenSpace.from_dict(yaml.safe_load((ROOT / "configs/modalities/4m-7.yaml").read_text()))
+
+
+def training(steps: int = 8, batch: int = 16) -> None:
+    """Matrix products of a training step over its time, as a share of what one large product reaches in the same run.
+
+    4M-7 tiny, 128/128 tokens, fp32, 2 threads, with the optimiser; at least 70 % and at most 3.0 GB are wanted.
+    """
+    torch.set_num_threads(2)
+    runtime.keep_memory()
+    space = four_m_7()
+    mixture = [
+        Component(input={"rgb@224": 1000}, target={"others": 0.5}),
+        Component(input={"others": 0.5}, target={"others": 0.5}),
+    ]
+    masker = Masker(space, MaskingConfig(input_tokens=128, target_tokens=128, mixture=mixture))
+    stock = random_samples(space, batch)
+    batches = [masker(stock, [(epoch, index) for index in range(batch)]) for epoch in range(steps)]
+    torch.manual_seed(0)
+    model = FourM(FourMConfig(size="tiny"), space).train()
+    optimizers = build_optimizers(model, OptimConfig(lazy_tables=True))
+
+    def step(masked: MaskedBatch) -> None:
+        model.loss(masked)["loss"].backward()
+        clip_gradients(model, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    left, right = torch.randn(2, 2048, 2048)
+    for masked in batches[:2]:
+        step(masked)
+    seconds, products = [], []
+    for masked in batches:
+        products.append(min(timeit.repeat(lambda: left @ right, number=1, repeat=3)))
+        seconds.append(min(timeit.repeat(partial(step, masked), number=1, repeat=1)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    from torch.utils.flop_counter import FlopCounterMode  # brings triton: 80 MB that training does not need
+
+    with FlopCounterMode(display=False) as counter:
+        model.loss(batches[0])["loss"].backward()
+    work, rate = counter.get_total_flops(), 2 * 2048**3 / float(np.median(products))
+    share = work / float(np.median(seconds)) / rate
+    print(f"training: {batch / np.median(seconds):.2f} samples/s, {work / batch / 1e9:.1f} GFLOP a sample,")
+    print(f"          {share:.0%} of the {rate / 1e9:.0f} GFLOP/s of a 2048^3 product; peak memory {peak:.2f} GB")
+
+
+def packing(batch: int = 8, steps: int = 4) -> None:
+    """Filled slots per second of forward and backward passes of the 4M-21 recipe, with empty slots computed and not.
+
+    Size `small`, 256/256 tokens, fp32, 2 threads. Vocabularies are cut to 1,024 ids, so that the figure is about the
+    blocks: the head never sees empty slots. At least 85 % of what is not computed must be turned into speed.
+    """
+    torch.set_num_threads(2)
+    runtime.keep_memory()
+    table = yaml.safe_load((ROOT / "configs/modalities/4m-21.yaml").read_text())
+    space = TokenSpace.from_dict(
+        {name: row | ({"vocab_size": 1024} if "vocab_size" in row else {}) for name, row in table.items()}
+    )
+    recipe = yaml.safe_load((ROOT / "configs/train/4m-21_b.yaml").read_text())["masking"]
+    mixture = [Component(**component) for component in recipe.pop("mixture")]
+    masker, generator = Masker(space, MaskingConfig(**recipe, mixture=mixture)), np.random.default_rng(0)
+    stock = random_samples(space, batch * steps)
+    for raw in stock:  # captions of 8-30 words, 0-12 boxes, people in a third of the images, 7 points of SAM
+        people = generator.integers(40, 275) if generator.random() < 1 / 3 else 1
+        words, boxes = generator.integers(10, 40), generator.integers(13)
+        lengths = {"caption": words, "t5_caption": words, "det": 1 + 5 * boxes, "human_poses": people}
+        raw |= {name: raw[name][:length] for name, length in lengths.items()}
+    batches = [
+        masker(stock[first : first + batch], [(0, first + i) for i in range(batch)])
+        for first in range(0, len(stock), batch)
+    ]
+    torch.manual_seed(0)
+    model = FourM(FourMConfig(size="small"), space).train()
+    losses = {True: [0.0] * steps, False: [0.0] * steps}
+
+    def step(number: int, packed: bool) -> None:
+        model.packed = packed
+        loss = model.loss(batches[number])["loss"]
+        loss.backward()
+        losses[packed][number] = float(loss.detach())
+        model.zero_grad()
+
+    step(0, True)
+    seconds = {True: 0.0, False: 0.0}
+    for number in range(steps):
+        for packed in seconds:
+            seconds[packed] += timeit.timeit(partial(step, number, packed), number=1)
+    given, asked = (sum(count) for count in zip(*((b.input_tokens, b.target_tokens) for b in batches), strict=True))
+    slots = 256 * batch * steps
+    ratio, wanted = seconds[False] / seconds[True], 1 + 0.85 * (2 * slots / (given + asked) - 1)
+    apart = max(abs(one - other) for one, other in zip(*losses.values(), strict=True))
+    print(f"packing: {given / slots:.0%} of inputs and {asked / slots:.0%} of targets filled;")
+    for packed, label in ((False, "off"), (True, "on ")):
+        print(f"         {label} {(given + asked) / seconds[packed]:,.0f} filled slots/s")
+    print(f"         ratio {ratio:.2f}, at least {wanted:.2f} is wanted; losses differ by at most {apart:.0e}")
+
+
+@torch.no_grad()
+def bare_pass(model: FourM, given: int, asked: int, batch: int) -> Tensor:
+    """What no sampler can spare: encoder and decoder over so many tokens, without embeddings, masks and padding."""
+
+    def attend(layer: SelfAttention | CrossAttention, *projected: Tensor) -> Tensor:
+        parts = [part.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for part in projected]
+        return layer.proj(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+
+    x = torch.randn(batch, max(given, 1), model.config.dim)  # one empty slot where nothing is given
+    for block in model.encoder:
+        x = x + attend(block.attn, *block.attn.qkv(block.norm1(x)).chunk(3, -1))
+        x = x + block.mlp(block.norm2(x))
+    context, x = model.decoder_proj_context(model.encoder_norm(x)), torch.randn(batch, asked, model.config.dim)
+    for layer in model.decoder:
+        cross = layer.cross_attn
+        x = x + attend(layer.self_attn, *layer.self_attn.qkv(layer.norm1(x)).chunk(3, -1))
+        x = x + attend(cross, cross.q(layer.query_norm(x)), *cross.kv(layer.context_norm(context)).chunk(2, -1))
+        x = x + layer.mlp(layer.norm2(x))
+    return model.decoder_norm(x)
+
+
+@torch.no_grad()
+def bare_products(model: FourM, name: str, tokens: int, rows: int, scored: int) -> None:
+    """The products with weights of `tokens` decoded tokens: blocks with `rows` rows at a time, head with `scored`."""
+    weights = [
+        (module.weight, torch.randn(rows, module.in_features))
+        for part, module in model.decoder.named_modules()  # type: ignore[attr-defined]
+        if isinstance(module, torch.nn.Linear) and not part.endswith("cross_attn.kv")
+    ]
+    states = torch.randn(scored, model.config.dim)
+    for _ in range(tokens):
+        for weight, x in weights:
+            F.linear(x, weight)
+        model.logits(states, name)
+
+
+def generation(batch: int = 2, tokens: int = 256, steps: int = 8, rounds: int = 2) -> None:
+    """CPU seconds of one thread to generate with 4M-7 tiny from an RGB image, and of the passes that takes at least."""
+    torch.set_num_threads(1)
+    model = FourM(FourMConfig(size="tiny"), four_m_7()).eval()
+    rgb, text, grid = "rgb@224", "caption", "tok_depth@224"
+    seen = model.space[rgb].length
+    known = {rgb: Given.floats(torch.randn(batch, seen, model.space[rgb].width))}
+    row = model.space[text]
+    ends = torch.tensor([row.eos, row.first_sentinel + 2])
+
+    def endless(logits: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        return sample(logits.index_fill(-1, ends, -torch.inf), *options)
+
+    def write(scale: float, top_p: float) -> None:
+        plan = (Step(text, "autoregressive", tokens, top_p=top_p, guidance=(scale,)),)
+        Sampler(model, endless).generate(known, plan)
+
+    def fill(plan: Plan) -> None:
+        Sampler(model).generate(known, plan)
+
+    @torch.no_grad()
+    def fill_barely(plan: Plan) -> None:
+        settled = 0
+        for step in plan:
+            count = step.count or 0
+            asked = count if step.scheme == "roar" else model.space[grid].length - settled
+            for given in (seen + settled,) if step.guidance == (1.0,) else (settled, seen + settled):
+                hidden = bare_pass(model, given, asked, batch)
+            model.logits(hidden, grid)
+            settled += count
+
+    print(f"generation: 4M-7 tiny, batch {batch}, from an RGB image; CPU seconds of one thread, and of what it must do")
+    for scale, top_p in ((2.0, 0.0), (2.0, 0.9), (1.0, 0.0)):
+        rows = batch if scale == 1 else 2 * batch
+        label = f"{tokens} text tokens, guidance {scale}" + (f", top-p {top_p}" if top_p else "")
+        compare(label, partial(write, scale, top_p), partial(bare_products, model, text, tokens, rows, batch), rounds)
+    for scheme in ("maskgit", "roar"):
+        for scale in (1.0, 2.0):
+            plan = chain(model.space, [Target(grid, scheme, steps, guidance=scale)])
+            label = f"{scheme}, {steps} steps, {model.space[grid].length} tokens, guidance {scale}"
+            compare(label, partial(fill, plan), partial(fill_barely, plan), rounds)
+
+
+def compare(label: str, run: Callable[[], object], floor: Callable[[], object], rounds: int) -> None:
+    """Prints the CPU seconds of both, the least of some rounds in turn."""
+    seconds = [[timeit.timeit(part, timer=time.process_time, number=1) for part in (run, floor)] for _ in range(rounds)]
+    ours, least = np.min(seconds, axis=0)
+    print(f"  {label:48} {ours:5.2f} s, floor {least:5.2f} s, ratio {ours / least:.2f}", flush=True)
+
+
+BENCHMARKS: dict[str, Callable[..., None]] = {
+    "masking": masking,
+    "training": training,
+    "packing": packing,
+    "generation": generation,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

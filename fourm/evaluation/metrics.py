@@ -1,7 +1,8 @@
 """Figures on numpy arrays, in each modality's own units.
 
-`SCORES` and `COMBINE` know the four kinds of image-like modality: `image` (pixels), `field` (numbers), `normal` (unit
-vectors coded as uint8) and `classes` (ids). B pictures of H x W pixels.
+`SCORES` knows the kinds of image-like modality: `image` (pixels), `field` (numbers), `normal` (unit vectors coded as
+uint8), `classes` (ids), `depth` (up to scale and shift), `mask` and `features`; `COMBINE` and `CONSTANT` the first four.
+B pictures of H x W pixels.
 """
 
 from __future__ import annotations
@@ -113,11 +114,39 @@ def score_classes(prediction: Array, truth: Array, where: Array | None, classes:
     return figures
 
 
+def score_depth(prediction: Array, truth: Array, where: Array | None, classes: int) -> dict[str, float]:
+    """Mean error after the best scale and shift of each picture, over the truth's deviation (Ranftl et al. 2020)."""
+    errors = []
+    for number, (guess, wanted) in enumerate(zip(prediction.astype(np.float64), truth.astype(np.float64), strict=True)):
+        chosen = np.ones(wanted.shape, bool) if where is None else where[number]
+        known = np.stack([guess[chosen], np.ones(chosen.sum())], axis=1)
+        fitted = known @ np.linalg.lstsq(known, wanted[chosen], rcond=None)[0]
+        errors.append(np.abs(fitted - wanted[chosen]).mean() / max(wanted[chosen].std(), 1e-12))
+    return {"relative_error": float(np.mean(errors))}
+
+
+def score_mask(prediction: Array, truth: Array, where: Array | None, classes: int) -> dict[str, float]:
+    """Intersection over union of all masks together."""
+    chosen = np.ones(truth.shape, bool) if where is None else where
+    guess, wanted = prediction[chosen].astype(bool), truth[chosen].astype(bool)
+    return {"iou": float((guess & wanted).sum() / max((guess | wanted).sum(), 1))}
+
+
+def score_features(prediction: Array, truth: Array, where: Array | None, classes: int) -> dict[str, float]:
+    """Mean cosine similarity of vectors (..., C)."""
+    chosen = np.ones(truth.shape[:-1], bool) if where is None else where
+    guess, wanted = (torch.from_numpy(vectors[chosen].astype(np.float32)) for vectors in (prediction, truth))
+    return {"cosine": float(torch.nn.functional.cosine_similarity(guess, wanted, dim=-1).mean())}
+
+
 SCORES: dict[str, Callable[[Array, Array, Array | None, int], dict[str, float]]] = {
     "image": score_image,
     "field": score_field,
     "normal": score_normal,
     "classes": score_classes,
+    "depth": score_depth,
+    "mask": score_mask,
+    "features": score_features,
 }
 
 # A point estimate from draws (S, B, H, W, ...) of the raw modality; for classes from probabilities (S, B, C, H, W).

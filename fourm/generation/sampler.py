@@ -85,7 +85,6 @@ class Given:
 
 
 State = Mapping[str, Given]
-UNSEEN = -2  # sample number of context slots that no token looks at
 
 
 def random_order(shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -175,7 +174,7 @@ class Sampler:
         views, weights = self._views(step, state, conditions)
         batch = pack(self.space, views, len(given), asked.device, step.target, asked)
         hidden = self.model.decode(batch, self._context(batch, len(views))).unflatten(0, (len(views), -1))
-        logits = guide(self.model.logits(hidden[:, batch.target_mod[: len(given)] >= 0], step.target), weights)
+        logits = self.model.logits(guide(hidden[:, batch.target_mod[: len(given)] >= 0], weights), step.target)
         ids, confidence = self.sample(logits, step.temperature, step.top_k, step.top_p, generator)
         values = given.values.masked_scatter(asked, ids)
         if step.scheme == "maskgit":
@@ -208,7 +207,7 @@ class Sampler:
             hidden = self.model.decode_next(
                 ids, torch.full_like(ids, first_position + place), torch.full_like(ids, number), cache
             )
-            logits = guide(self.model.logits(hidden.unflatten(0, (len(views), -1)), step.target), weights)
+            logits = self.model.logits(guide(hidden.unflatten(0, (len(views), -1)), weights), step.target)
             token, _ = self.sample(logits, step.temperature, step.top_k, step.top_p, generator)
             written[live, place] = token
             going = (token != stop) & (token != row.eos)
@@ -229,8 +228,9 @@ class Sampler:
         if not self.blank_hidden:
             return context
         shows = (batch.mod >= 0).unflatten(0, (views, -1)).flatten(1).any(1).repeat_interleave(len(batch) // views)
-        empty = ~shows[:, None] & (context.sample < 0)
-        return replace(context, sample=context.sample.masked_fill(empty, UNSEEN))
+        registers = self.model.config.registers
+        seen = [some if shown else registers for some, shown in zip(context.seen, shows.tolist(), strict=True)]
+        return replace(context, seen=seen)
 
     def _views(self, step: Step, state: State, conditions: Sequence[State]) -> tuple[list[State], tuple[float, ...]]:
         """What each guidance row sees, the unguided row first, and the weights of the others."""
@@ -343,13 +343,15 @@ def _tokens(space: TokenSpace, name: str, where: Tensor, values: Tensor | None, 
     return Tokens(row + first_row, np.full_like(row, space.number[name]), pos, ids)
 
 
-def guide(logits: Tensor, weights: Sequence[float]) -> Tensor:
-    """Guided scores u + sum_i w_i (c_i - u): (V, ..., vocab) -> (..., vocab), u first; its only row if no weights."""
-    logits = logits.float()
+def guide(hidden: Tensor, weights: Sequence[float]) -> Tensor:
+    """Guided states u + sum_i w_i (c_i - u): (V, ..., D) -> (..., D), u first; its only row if no weights.
+
+    The head is linear: scores of guided states are the guided scores, for one pass through the vocabulary, not V.
+    """
     if not weights:
-        return logits[0]
-    factors = logits.new_tensor([1 - sum(weights), *weights])
-    return torch.einsum("v,v...->...", factors, logits)
+        return hidden[0]
+    factors = torch.tensor([1 - sum(weights), *weights], dtype=torch.float32, device=hidden.device)
+    return torch.einsum("v,v...->...", factors, hidden.float()).to(hidden.dtype)
 
 
 def highest(scores: Tensor, counts: Tensor) -> Tensor:

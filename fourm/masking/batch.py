@@ -1,4 +1,4 @@
-"""The one packed batch that travels from masking to loss."""
+"""The one batch that travels from masking to loss."""
 
 from __future__ import annotations
 
@@ -20,18 +20,16 @@ class MaskedBatch:
 
     B rows, N encoder slots, M decoder slots, K kept tokens of one continuous modality. Token ids are rows of the one
     token table and positions rows of the one position table (`TokenSpace`), so that the model needs one gather per
-    table. Empty slots have `mod` and `sample` -1 and zeros elsewhere.
+    table. Tokens of a modality lie side by side. Empty slots come last; they have `mod` -1 and zeros elsewhere.
 
     Attributes:
         ids: (B, N) int64, rows of the token table; 0 where the token is continuous.
         pos: (B, N) int64, rows of the position table.
         mod: (B, N) int64, modality number.
-        sample: (B, N) int64, which of the samples packed into this row the token belongs to (0 if not packed).
         target_in: (B, M) int64, row of the token table the decoder is fed (text), or -1 for the mask token (grid).
         target: (B, M) int64, row of the token table to predict.
         target_pos: (B, M) int64, rows of the position table.
         target_mod: (B, M) int64, modality number.
-        target_sample: (B, M) int64, as `sample`.
         rows: Per continuous modality its kept tokens, (K, width) float32.
         slots: Per continuous modality where they go in the flattened (B * N) inputs, (K,) int64.
         keys: Names of the samples, in the order of the rows.
@@ -40,12 +38,10 @@ class MaskedBatch:
     ids: Tensor
     pos: Tensor
     mod: Tensor
-    sample: Tensor
     target_in: Tensor
     target: Tensor
     target_pos: Tensor
     target_mod: Tensor
-    target_sample: Tensor
     rows: dict[str, Tensor] = field(default_factory=dict)
     slots: dict[str, Tensor] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
@@ -139,7 +135,7 @@ def place(
         width: Slots of a row; None for as many as the fullest row needs (at least one).
 
     Returns:
-        `ids`, `pos`, `mod`, `sample` and `fed`, each (B, width) int64, and the flat slot of each token (T,) int64.
+        `ids`, `pos`, `mod` and `fed`, each (B, width) int64, and the flat slot of each token (T,) int64.
 
     Raises:
         ValueError: An id outside of its vocabulary; names the sample.
@@ -159,7 +155,6 @@ def place(
         "ids": (0, tokens.ids + space.vocab_offset[tokens.mod]),
         "pos": (0, tokens.pos + space.position_offset[tokens.mod]),
         "mod": (-1, tokens.mod),
-        "sample": (-1, 0),
         "fed": (0, np.where(tokens.fed < 0, -1, tokens.fed + space.vocab_offset[tokens.mod])),
     }
     laid_out = {}
@@ -194,12 +189,10 @@ def assemble(
         ids=tensor(given["ids"]),
         pos=tensor(given["pos"]),
         mod=tensor(given["mod"]),
-        sample=tensor(given["sample"]),
         target_in=tensor(asked["fed"]),
         target=tensor(asked["ids"]),
         target_pos=tensor(asked["pos"]),
         target_mod=tensor(asked["mod"]),
-        target_sample=tensor(asked["sample"]),
         rows={name: tensor(np.ascontiguousarray(rows, dtype=np.float32)) for name, rows in contents.items()},
         slots={name: tensor(slot[inputs.mod == space.number[name]]) for name in contents},
         keys=tuple(keys),

@@ -14,6 +14,8 @@ SIZES = {
     "xlarge": {"dim": 2048, "encoder_depth": 24, "decoder_depth": 24, "heads": 32},
 }
 
+ATTENTION = ("sdpa", "flex", "xformers")
+
 
 @dataclass(frozen=True)
 class FourMConfig:
@@ -40,6 +42,8 @@ class FourMConfig:
             left there is no context (4M's checkpoints). Else what is hidden is absent, and the empty slot is left.
         decoder_causal: Decoder tokens of a grid, too, see earlier ones only.
         decoder_separate: Decoder tokens see their own modality only; if not, also all that stands before it.
+        attention: What computes attention, no part of the weights: `sdpa` (torch's own, everywhere), `flex`
+            (FlexAttention: CUDA, and on CPU without gradients) or `xformers` (CUDA).
     """
 
     size: str = "base"
@@ -61,8 +65,11 @@ class FourMConfig:
     blank_hidden: bool = False
     decoder_causal: bool = False
     decoder_separate: bool = True
+    attention: str = "sdpa"
 
     def __post_init__(self) -> None:
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention is {self.attention!r}, allowed are {', '.join(ATTENTION)}")
         if self.size not in SIZES:
             raise ValueError(f"size is {self.size!r}, allowed are {', '.join(SIZES)}")
         for field, value in SIZES[self.size].items():

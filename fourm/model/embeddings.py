@@ -101,11 +101,18 @@ class Embeddings(nn.Module):
         """Rows of this side's token table that hold the ids of a grid or text modality."""
         return self.vocabularies[self.space[name].vocab or name]
 
-    def place(self, pos: Tensor, mod: Tensor) -> Tensor:
-        """Where a token stands and what it is: (B, N) position rows and modality numbers -> (B, N, D), 0 if empty."""
-        table = self.positions
-        if self.learned_positions is not None:
-            table = table.index_copy(0, self.learned_rows, self.learned_positions.to(table.dtype))
+    def position_table(self) -> Tensor:
+        """(positions, D) rows of all modalities, learned ones in their places."""
+        if self.learned_positions is None:
+            return self.positions
+        return self.positions.index_copy(0, self.learned_rows, self.learned_positions.to(self.positions.dtype))
+
+    def place(self, pos: Tensor, mod: Tensor, table: Tensor | None = None) -> Tensor:
+        """Where a token stands and what it is: (...) position rows and modality numbers -> (..., D), 0 if empty.
+
+        `table` is `position_table()`, from one who calls often.
+        """
+        table = self.position_table() if table is None else table
         return (F.embedding(pos, table) + F.embedding(self.modality_row[mod], self.modality)) * (mod >= 0).unsqueeze(-1)
 
     def look_up(self, ids: Tensor, mod: Tensor) -> Tensor:
@@ -114,7 +121,7 @@ class Embeddings(nn.Module):
             return self.modality.new_zeros(*ids.shape, self.modality.shape[1])
         ids = ids if self.shift is None else ids - self.shift[mod]
         # A head that shares the table makes a dense gradient; ours is a few rows to add to it.
-        sparse = self.shares_head and not torch.compiler.is_compiling()
+        sparse = self.tokens.sparse or (self.shares_head and not torch.compiler.is_compiling())
         return F.embedding(ids.clamp(min=0), self.tokens.weight, sparse=sparse)
 
     def content(self, ids: Tensor, mod: Tensor, rows: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Tensor:

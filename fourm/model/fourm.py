@@ -3,13 +3,14 @@
 Notable:
 * tokens are selected before they are embedded: the model sees the kept tokens only, never whole modalities;
 * one token table, one position table, one modality table a side, whatever the number of modalities;
+* the blocks see the tokens of all samples end to end and no empty slots; only attention knows the samples;
 * decoder tokens see the other tokens of their own modality (all of them in a grid, earlier ones in a text) and every
-  encoder token, nothing else; several samples may share a row and never see each other;
+  encoder token, nothing else;
 * the context is the projected encoder output plus the encoder's position and modality embeddings again;
 * a sample without inputs sees one empty slot, so "given nothing" is an ordinary input;
 * the head is tied to the decoder's token table, and a token is only scored within its modality's vocabulary.
 
-B rows, N encoder slots, M decoder slots, D width.
+B rows, N encoder slots, M decoder slots, K and T of them filled, R registers, D width.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 
 from fourm.checkpoint import read_official, resolve
 from fourm.masking.batch import MaskedBatch
 from fourm.modalities import TokenSpace
 from fourm.model import official
+from fourm.model.attention import Blocks, offsets
 from fourm.model.config import FourMConfig
 from fourm.model.embeddings import Embeddings
 from fourm.model.head import Segment, linear_cross_entropy
@@ -40,29 +43,40 @@ from fourm.model.layers import DecoderBlock, DecoderState, EncoderBlock, LayerNo
 
 @dataclass(frozen=True)
 class Context:
-    """What the decoder may look at: `hidden` (B, N + 1, D) and the `sample` (B, N + 1) each slot belongs to."""
+    """What the decoder may look at.
+
+    Attributes:
+        hidden: (K, D) tokens of B rows, end to end.
+        lengths: B numbers of tokens.
+        seen: B numbers of those that the decoder sees, the first of each row.
+    """
 
     hidden: Tensor
-    sample: Tensor
+    lengths: Sequence[int]
+    seen: Sequence[int]
 
     def select(self, rows: Tensor) -> Context:
         """These rows (R,), also repeated ones."""
-        return Context(self.hidden[rows], self.sample[rows])
+        chosen, parts = rows.tolist(), self.hidden.split(list(self.lengths))
+        lengths, seen = ([numbers[row] for row in chosen] for numbers in (self.lengths, self.seen))
+        return Context(torch.cat([parts[row] for row in chosen]), lengths, seen)
 
 
 @dataclass
 class DecoderCache:
-    """What is remembered while a text is decoded token by token: a state per block, and the cross-attention mask."""
+    """What is remembered while a text is decoded token by token: a state per block, the cross-attention mask, if
+    anything is hidden, and the table of positions."""
 
     states: list[DecoderState]
-    mask: Tensor  # (B, 1, 1, N + 1)
+    mask: Tensor | None  # (B, 1, 1, N + 1)
+    positions: Tensor
     step: int = 0
 
     def select(self, rows: Tensor) -> None:
         """Keeps these rows (R,) of the batch."""
         for state in self.states:
             state.select(rows)
-        self.mask = self.mask[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
 
 
 class FourM(nn.Module):
@@ -77,6 +91,7 @@ class FourM(nn.Module):
     def __init__(self, config: FourMConfig, space: TokenSpace):
         super().__init__()
         self.config, self.space = config, space
+        self.packed = True  # compute no empty slots; off for comparison only
         dim = config.dim
         rows = space.names if config.share_modality_embeddings else None
         self.encoder_embeddings = Embeddings(space, dim, space.inputs(), rows=rows)
@@ -120,44 +135,76 @@ class FourM(nn.Module):
             nn.init.normal_(self.register_tokens, std=0.02)
 
     def encode(self, batch: MaskedBatch) -> Context:
-        """Runs the encoder over the given tokens. One empty slot is added at the end of every row."""
-        states, place, sample = self.encoder_states(batch)
-        return Context(self.decoder_proj_context(states) + place, sample)
+        """Runs the encoder over the given tokens. A row without any has one empty slot instead."""
+        states, place, _, lengths, given = self._encoded(batch)
+        seen = [some or length for some, length in zip(given, lengths, strict=True)]
+        return Context(self.decoder_proj_context(states) + place, lengths, seen)
 
-    def encoder_states(self, batch: MaskedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed states of registers, given tokens and one empty slot, (B, R + N + 1, D); their place; their sample."""
-        side = self.encoder_embeddings
-        place = side.place(batch.pos, batch.mod)
-        x = side.content(batch.ids, batch.mod, batch.rows, batch.slots) + place
-        sample = batch.sample
+    def encoder_states(self, batch: MaskedBatch) -> Tensor:
+        """Normed states of registers and given tokens, (B, R + N, D); zeros where a slot is empty."""
+        states, _, slots, *_ = self._encoded(batch)
+        (rows, width), extra = batch.mod.shape, self.config.registers + 1
+        return _scatter(states, slots, rows, width + extra)[:, :-1]
+
+    def _encoded(self, batch: MaskedBatch) -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
+        """Runs the encoder over K tokens: registers and given ones, and an empty slot where there is nothing else.
+
+        Returns:
+            Their normed states (K, D), their place (K, D), and where they stand (K,) among B * (R + N + 1) slots; of
+            every row their number, and how many come before the empty slots.
+        """
+        side, registers = self.encoder_embeddings, self.config.registers
+        columns = (F.pad(batch.ids, (registers, 1)), F.pad(batch.pos, (registers, 1)))
+        mod = F.pad(batch.mod, (registers, 1), value=-1)
+        given = mod >= 0
+        given[:, :registers] = True
+        used = torch.cat([given[:, :-1], ~given.any(1, keepdim=True)], 1) | (not self.packed)
+        slots = used.flatten().nonzero()[:, 0]
+        ids, pos, mod = (column.flatten()[slots] for column in (*columns, mod))
+        order, width = used.flatten().cumsum(0) - 1, batch.mod.shape[1]
+        where = {name: order[slot + slot // width * (registers + 1) + registers] for name, slot in batch.slots.items()}
+        place = side.place(pos, mod)
+        x = side.content(ids[None], mod[None], batch.rows, where)[0] + place
         if self.register_tokens is not None:
-            if (sample > 0).any():
-                raise ValueError(
-                    "rows hold several packed samples, which register tokens would mix; use one of the two"
-                )
-            registers = self.register_tokens.expand(x.shape[0], -1, -1)
-            x, place = torch.cat([registers, x], 1), torch.cat([torch.zeros_like(registers), place], 1)
-            sample = F.pad(sample, (self.config.registers, 0), value=0)
-        x, place, sample = F.pad(x, (0, 0, 0, 1)), F.pad(place, (0, 0, 0, 1)), F.pad(sample, (0, 1), value=-1)
-        mask = sample[:, None, :, None] == sample[:, None, None, :]  # (B, 1, N, N)
+            x = x + F.pad(self.register_tokens, (0, 0, 0, 1))[(slots % used.shape[1]).clamp(max=registers)]
+        numbers = torch.stack([used.sum(1), given.sum(1)])
+        lengths, before = numbers.tolist()
+        ranges = None
+        if not self.packed:  # given tokens see each other, empty slots too
+            split = (numbers[0].cumsum(0) - numbers[0] + numbers[1])[slots // used.shape[1]]
+            known, length, some = given.flatten()[slots], *numbers[:, slots // used.shape[1]]
+            ranges = torch.where(known, split - some, split), torch.where(known, split, split - some + length)
+        blocks = Blocks(lengths, lengths, offsets(lengths), x.device, self.config.attention, ranges)
         for block in self.encoder:
-            x = block(x, mask)
-        return self.encoder_norm(x), place, sample
+            x = block(x, blocks)
+        return self.encoder_norm(x), place, slots, lengths, before
 
     def decode(self, batch: MaskedBatch, context: Context) -> Tensor:
-        """Runs the decoder over the asked tokens: (B, M, D)."""
-        side, sample, mod = self.decoder_embeddings, batch.target_sample, batch.target_mod
-        fed = side.look_up(batch.target_in, mod)
-        x = torch.where((batch.target_in < 0).unsqueeze(-1), self.mask_token.to(fed.dtype), fed)
-        x = x * (mod >= 0).unsqueeze(-1) + side.place(batch.target_pos, mod)
-        causal = torch.ones(mod.shape[1], mod.shape[1], dtype=torch.bool, device=mod.device).tril()
-        own = mod[:, :, None] == mod[:, None, :]
-        mask = causal if self.config.decoder_causal else (self.is_grid[mod][:, :, None] & own) | causal
-        mask = mask & (own | (not self.config.decoder_separate)) & (sample[:, :, None] == sample[:, None, :])
-        cross = _cross_mask(sample, context.sample)
+        """Runs the decoder over the asked tokens: (B, M, D), zeros where a slot is empty."""
+        side, (rows, width) = self.decoder_embeddings, batch.target_mod.shape
+        used = (batch.target_mod >= 0) | (not self.packed)
+        slots = used.flatten().nonzero()[:, 0]
+        fed, pos, mod = (column.flatten()[slots] for column in (batch.target_in, batch.target_pos, batch.target_mod))
+        tokens = side.look_up(fed, mod)
+        x = torch.where((fed < 0)[:, None], self.mask_token.to(tokens.dtype), tokens)
+        x = x * (mod >= 0)[:, None] + side.place(pos, mod)
+        lengths, backend = used.sum(1).tolist(), self.config.attention
+        ranges = self._visible(slots // width, mod)
+        own = Blocks(lengths, lengths, offsets(lengths), x.device, backend, ranges)
+        cross = Blocks(lengths, context.seen, offsets(context.lengths), x.device, backend)
         for block in self.decoder:
-            x = block(x, context.hidden, mask[:, None], cross[:, None])
-        return self.decoder_norm(x)
+            x = block(x, context.hidden, own, cross)
+        return _scatter(self.decoder_norm(x), slots, rows, width)
+
+    def _visible(self, row: Tensor, mod: Tensor) -> tuple[Tensor, Tensor]:
+        """First token that each of the asked tokens sees, and the one after the last: (T,) rows and modalities."""
+        _, run, count = torch.unique_consecutive(
+            row * (len(self.space) + 1) + mod, return_inverse=True, return_counts=True
+        )
+        end = count.cumsum(0)
+        first = (end - count)[run] if self.config.decoder_separate else torch.searchsorted(row, row)
+        whole = self.is_grid[mod] & (not self.config.decoder_causal)
+        return first, torch.where(whole, end[run], torch.arange(1, len(mod) + 1, device=mod.device))
 
     def forward(self, batch: MaskedBatch) -> Tensor:
         """Hidden states of the asked tokens, (B, M, D)."""
@@ -220,9 +267,7 @@ class FourM(nn.Module):
         for name, states, ids, places in zip(names, *(tensor.split(sizes) for tensor in tensors), strict=True):
             yield name, F.linear(states, self._head()[self.decoder_embeddings.vocabulary(name)]), ids, places
 
-    def sorted_targets(
-        self, batch: MaskedBatch, hidden: Tensor
-    ) -> tuple[list[str], list[int], Tensor, Tensor, Tensor]:
+    def sorted_targets(self, batch: MaskedBatch, hidden: Tensor) -> tuple[list[str], list[int], Tensor, Tensor, Tensor]:
         """Sorts the asked tokens by modality.
 
         Args:
@@ -243,15 +288,17 @@ class FourM(nn.Module):
         return [name for name, _ in asked], [count for _, count in asked], states, ids, places
 
     def start_decoding(self, context: Context, length: int) -> DecoderCache:
-        """Prepares to decode one text of at most `length` tokens per row of the context (sample 0 of each row)."""
-        states = [DecoderState(*block.project_context(context.hidden), length) for block in self.decoder]
-        first = torch.zeros_like(context.sample[:, :1])
-        return DecoderCache(states, _cross_mask(first, context.sample)[:, None])
+        """Prepares to decode one text of at most `length` tokens per row of the context."""
+        hidden = pad_sequence(context.hidden.split(list(context.lengths)), batch_first=True)
+        seen = torch.tensor(context.seen, device=hidden.device)
+        mask = (torch.arange(hidden.shape[1], device=hidden.device) < seen[:, None])[:, None, None]
+        states = [DecoderState(*block.project_context(hidden), length) for block in self.decoder]
+        return DecoderCache(states, None if mask.all() else mask, self.decoder_embeddings.position_table())
 
     def decode_next(self, ids: Tensor, pos: Tensor, mod: Tensor, cache: DecoderCache) -> Tensor:
         """Feeds one more token per row ((B,) rows of the tables, modality numbers); hidden states (B, D)."""
         side = self.decoder_embeddings
-        x = (side.look_up(ids, mod) + side.place(pos, mod))[:, None]
+        x = (side.look_up(ids, mod) + side.place(pos, mod, cache.positions))[:, None]
         for block, state in zip(self.decoder, cache.states, strict=True):
             x = block.step(x, state, cache.step, cache.mask)
         cache.step += 1
@@ -353,7 +400,6 @@ def _ramp(last: float, depth: int) -> list[float]:
     return np.linspace(0, last, depth).tolist()
 
 
-def _cross_mask(sample: Tensor, context_sample: Tensor) -> Tensor:
-    """(B, M), (B, N) -> (B, M, N): tokens see their own sample; one without inputs sees the empty slots (-1)."""
-    own = sample[:, :, None] == context_sample[:, None, :]
-    return torch.where(own.any(-1, keepdim=True), own, context_sample[:, None, :] == -1)
+def _scatter(x: Tensor, slots: Tensor, rows: int, width: int) -> Tensor:
+    """(T, D) into the flat slots (T,) of zeros (rows, width, D)."""
+    return x.new_zeros(rows * width, x.shape[1]).index_copy(0, slots, x).view(rows, width, -1)

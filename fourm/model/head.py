@@ -80,13 +80,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 start += tokens
         if grad_table is not None:
             _zero_others(grad_table, [rows for _, rows in segments if rows.start in written])
-        ctx.grads = grad_hidden, grad_table  # not saved tensors: autograd adds to the table's in place if it has no other owner
+        ctx.grads = (
+            grad_hidden,
+            grad_table,
+        )  # not saved tensors: autograd adds to the table's in place if it has no other owner
         ctx.mark_non_differentiable(sums)
         return (sums * weights).sum(), sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_table = ctx.grads
         ctx.grads = None
         if grad.device.type != "cpu" or grad != 1:  # spares a pass over the table where asking costs nothing

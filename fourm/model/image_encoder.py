@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fourm.checkpoint import read_official, resolve
 from fourm.modalities import Modality, TokenSpace
 from fourm.model import official
+from fourm.model.attention import Blocks
 from fourm.model.config import FourMConfig
 from fourm.model.embeddings import Embeddings
 from fourm.model.fourm import FourM, WithoutInit, own_card
@@ -90,9 +91,11 @@ class ImageEncoder(nn.Module):
         x = project(patches.flatten(3).flatten(1, 2)) + self.encoder_embeddings.place(place, torch.zeros_like(place))
         if self.register_tokens is not None:
             x = torch.cat([self.register_tokens.expand(len(x), -1, -1), x], dim=1)
+        blocks = Blocks.even(len(x), x.shape[1], x.shape[1], x.device, self.config.attention)
+        flat = x.flatten(0, 1)
         for block in self.encoder:
-            x = block(x, None)
-        return self.encoder_norm(x)[:, self.config.registers :]
+            flat = block(flat, blocks)
+        return self.encoder_norm(flat).view(x.shape)[:, self.config.registers :]
 
     @torch.no_grad()
     def features(self, pictures: Picture | Sequence[Picture]) -> Tensor:

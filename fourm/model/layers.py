@@ -1,6 +1,6 @@
 """Blocks of the encoder-decoder, leaf to root. Attribute names are those of 4M checkpoints.
 
-B rows, N query tokens, K key tokens, D width, H heads.
+T tokens of all rows end to end, K of the context; B rows of N tokens where a text is decoded; D width, H heads.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 
+from fourm.model.attention import Blocks, attend
 from fourm.model.config import FourMConfig
 
 
@@ -50,8 +50,16 @@ class HeadNorm(nn.Module):
 
     def __init__(self, dim: int, heads: int, enabled: bool, bias: bool):
         super().__init__()
+        self.enabled = enabled
         self.q_norm = LayerNorm(dim // heads, bias) if enabled else nn.Identity()
         self.k_norm = LayerNorm(dim // heads, bias) if enabled else nn.Identity()
+
+    def normed(self, *packed: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values, stacked along axis 1 as they come; three tensors if two of them are normed."""
+        if not self.enabled:
+            return packed
+        q, k, v = (part for tensor in packed for part in tensor.split(1, 1))
+        return self.q_norm(q), self.k_norm(k), v
 
 
 class SelfAttention(HeadNorm):
@@ -68,10 +76,9 @@ class SelfAttention(HeadNorm):
         q, k, v = split_heads(self.qkv(x), 3, self.heads)
         return self.q_norm(q), self.k_norm(k), v
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, N, D) -> (B, N, D); `mask` (B, 1, N, N) is true where attention is allowed."""
-        q, k, v = self.project(x)
-        return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
+    def forward(self, x: Tensor, blocks: Blocks) -> Tensor:
+        """(T, D) -> (T, D)."""
+        return self.proj(attend(blocks, *self.normed(self.qkv(x).unflatten(1, (3, self.heads, -1)))))
 
 
 class CrossAttention(HeadNorm):
@@ -94,9 +101,13 @@ class CrossAttention(HeadNorm):
         (q,) = split_heads(self.q(x), 1, self.heads)
         return self.proj(merge_heads(F.scaled_dot_product_attention(self.q_norm(q), keys, values, attn_mask=mask)))
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, N, D), (B, K, D) -> (B, N, D); `mask` (B, 1, N, K) is true where attention is allowed."""
-        return self.attend(x, *self.project(context), mask)
+    def forward(self, x: Tensor, context: Tensor, blocks: Blocks) -> Tensor:
+        """(T, D), (K, D) -> (T, D)."""
+        q, kv = (
+            layer(y).unflatten(1, (parts, self.heads, -1))
+            for layer, y, parts in ((self.q, x, 1), (self.kv, context, 2))
+        )
+        return self.proj(attend(blocks, *self.normed(q, kv)))
 
 
 class Mlp(nn.Module):
@@ -104,16 +115,50 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, ratio: float, gated: bool, bias: bool):
         super().__init__()
-        hidden = int(2 * int(dim * ratio) / 3) if gated else int(dim * ratio)
+        self.hidden = hidden = int(2 * int(dim * ratio) / 3) if gated else int(dim * ratio)
         self.fc1 = nn.Linear(dim, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, dim, bias=bias)
         self.fc3 = nn.Linear(dim, hidden, bias=bias) if gated else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+        """(..., D) -> (..., D)."""
         if self.fc3 is None:
             return self.fc2(F.gelu(self.fc1(x)))
+        missing = -self.hidden % 8
+        if missing and x.is_cuda and isinstance(self.fc1, nn.Linear):
+            return self.widened(x, missing)
         return self.fc2(SiluGate.apply(self.fc1(x), self.fc3(x)))
+
+    def widened(self, x: Tensor, missing: int) -> Tensor:
+        """The same with so many zeros beside the hidden units: tensor cores want multiples of 8 (1365 of them are not).
+
+        Only the copies of a forward pass are wider, not the weights; CPUs gain nothing from it.
+        """
+        assert self.fc3 is not None
+        gate, value = (
+            F.linear(
+                x,
+                F.pad(layer.weight, (0, 0, 0, missing)),
+                None if layer.bias is None else F.pad(layer.bias, (0, missing)),
+            )
+            for layer in (self.fc1, self.fc3)
+        )
+        return F.linear(SiluGate.apply(gate, value), F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)
+
+
+class DropPath(nn.Module):
+    """Leaves out a block's branch for some of the samples in training (stochastic depth, Huang et al. 2016)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor, blocks: Blocks) -> Tensor:
+        """(T, D) -> (T, D); what is kept is scaled up."""
+        if not (self.rate and self.training):
+            return x
+        kept = torch.rand(len(blocks.queries), 1, device=x.device) >= self.rate
+        return x * (kept.to(x.dtype) / (1 - self.rate))[blocks.block]
 
 
 class SiluGate(torch.autograd.Function):
@@ -126,7 +171,7 @@ class SiluGate(torch.autograd.Function):
         return F.silu(a).mul_(b)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of a and b."""
         a, b = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * b, a), F.silu(a).mul_(grad)
@@ -144,10 +189,10 @@ class EncoderBlock(nn.Module):
         self.mlp = Mlp(config.dim, config.mlp_ratio, config.gated_mlp, config.mlp_bias)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x), mask))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, blocks: Blocks) -> Tensor:
+        """(T, D) -> (T, D)."""
+        x = x + self.drop_path(self.attn(self.norm1(x), blocks), blocks)
+        return x + self.drop_path(self.mlp(self.norm2(x)), blocks)
 
 
 class DecoderBlock(nn.Module):
@@ -165,17 +210,17 @@ class DecoderBlock(nn.Module):
         self.mlp = Mlp(config.dim, config.mlp_ratio, config.gated_mlp, config.mlp_bias)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, context: Tensor, self_mask: Tensor | None, cross_mask: Tensor | None) -> Tensor:
-        """(B, M, D), (B, N, D) -> (B, M, D)."""
-        x = x + self.drop_path(self.self_attn(self.norm1(x), self_mask))
-        x = x + self.drop_path(self.cross_attn(self.query_norm(x), self.context_norm(context), cross_mask))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, context: Tensor, own: Blocks, cross: Blocks) -> Tensor:
+        """(T, D), (K, D) -> (T, D); `own` blocks are those of the tokens themselves."""
+        x = x + self.drop_path(self.self_attn(self.norm1(x), own), own)
+        x = x + self.drop_path(self.cross_attn(self.query_norm(x), self.context_norm(context), cross), own)
+        return x + self.drop_path(self.mlp(self.norm2(x)), own)
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, D) -> cross-attention keys and values, which stay the same for every token that is decoded."""
         return self.cross_attn.project(self.context_norm(context))
 
-    def step(self, x: Tensor, state: DecoderState, step: int, cross_mask: Tensor) -> Tensor:
+    def step(self, x: Tensor, state: DecoderState, step: int, cross_mask: Tensor | None) -> Tensor:
         """One new token (B, 1, D) -> (B, 1, D) at place `step` of a sequence; remembers its keys and values."""
         q, k, v = self.self_attn.project(self.norm1(x))
         state.keys[:, :, step : step + 1], state.values[:, :, step : step + 1] = k, v
@@ -190,7 +235,7 @@ class DecoderState:
 
     def __init__(self, cross_keys: Tensor, cross_values: Tensor, length: int):
         batch, heads, _, width = cross_keys.shape
-        self.cross_keys, self.cross_values = cross_keys, cross_values
+        self.cross_keys, self.cross_values = cross_keys.contiguous(), cross_values.contiguous()  # read at every token
         self.keys = cross_keys.new_empty(batch, heads, length, width)
         self.values = torch.empty_like(self.keys)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fourm.model.embeddings import Embeddings
 from fourm.runtime import has_bf16
 
 SCHEDULES = ("cosine", "wsd")
@@ -34,6 +35,8 @@ class OptimConfig:
         decay: Linear fall of `wsd`.
         min_lr: Learning rate at the end.
         clip: Largest gradient norm; 0 for none.
+        lazy_tables: Rows of tables that are only looked up rest while they do not occur (`SparseAdam`), instead of
+            moving on with what they remember. Spares their dense gradients where vocabularies are large.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -47,6 +50,7 @@ class OptimConfig:
     decay: float = 0.2
     min_lr: float = 0.0
     clip: float = 1.0
+    lazy_tables: bool = False
 
 
 def learning_rate(config: OptimConfig, progress: float, length: float) -> float:
@@ -70,15 +74,17 @@ def learning_rate(config: OptimConfig, progress: float, length: float) -> float:
     return config.min_lr + (config.lr - config.min_lr) * max(0.0, fall)
 
 
-def parameter_groups(model: nn.Module, muon: bool = False) -> dict[str, list[nn.Parameter]]:
+def parameter_groups(model: nn.Module, muon: bool = False, lazy_tables: bool = False) -> dict[str, list[nn.Parameter]]:
     """Sorts every trainable parameter of a model into one group.
 
     Returns:
         `muon` (if asked: matrices of linear layers inside numbered blocks, such as `encoder.3.attn.qkv`), `decay`
-        (other weights of linear and convolution layers) and `no_decay` (norms, biases, embeddings, single tokens).
+        (other weights of linear and convolution layers), `rows` (if lazy: tables that are only looked up) and
+        `no_decay` (norms, biases, other embeddings, single tokens).
     """
-    groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
+    groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "rows": [], "no_decay": []}
     chosen: dict[nn.Parameter, str] = {}
+    looked_up = {id(side.tokens) for side in model.modules() if isinstance(side, Embeddings) and not side.shares_head}
     for path, module in model.named_modules():
         weighted = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
         in_block = isinstance(module, nn.Linear) and any(part.isdigit() for part in path.split("."))
@@ -86,6 +92,8 @@ def parameter_groups(model: nn.Module, muon: bool = False) -> dict[str, list[nn.
             group = "no_decay"
             if weighted and name == "weight":
                 group = "muon" if muon and in_block else "decay"
+            elif lazy_tables and id(module) in looked_up:
+                group = "rows"
             if chosen.get(parameter, group) != group:
                 group = "no_decay"  # a table that also serves as a layer's weight is a table
             chosen[parameter] = group
@@ -106,7 +114,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     """
     if config.name not in ("adamw", "muon"):
         raise ValueError(f"optimiser is {config.name!r}, allowed are adamw, muon")
-    groups = parameter_groups(model, muon=config.name == "muon")
+    groups = parameter_groups(model, config.name == "muon", config.lazy_tables)
     if not any(groups.values()):
         raise ValueError("the model has no trainable parameter")
     adamw: list[dict[str, Any]] = [
@@ -118,6 +126,12 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     if adamw:
         fused = all(p.device.type in ("cpu", "cuda") for group in adamw for p in group["params"])
         built.append(torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused))
+    if groups["rows"]:
+        built.append(torch.optim.SparseAdam(groups["rows"], config.lr, config.betas, config.eps))
+        tables = {id(table) for table in groups["rows"]}
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and id(module.weight) in tables:
+                module.sparse = True
     if groups["muon"]:
         built.append(Muon(groups["muon"], config.lr, config.momentum, config.weight_decay))
     return built
@@ -133,7 +147,7 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], lr: float) ->
 def optimizer_tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """The state of the optimisers as tensors named `<what>/<parameter>`."""
     return {
-        f"{what}/{name}": optimizer.state[parameter][what]
+        f"{what}/{name}": torch.as_tensor(optimizer.state[parameter][what])
         for optimizer in optimizers
         for name, parameter in model.named_parameters()
         if parameter in optimizer.state
@@ -158,7 +172,25 @@ def load_optimizer_tensors(
             raise ValueError(f"optimiser state {key!r} belongs to no trained parameter of this model")
         if tensor.ndim and tensor.shape != parameter.shape:
             raise ValueError(f"optimiser state {key!r} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
-        owner[parameter].state[parameter][what] = tensor.to(parameter.device)
+        counts = what == "step" and isinstance(owner[parameter], torch.optim.SparseAdam)  # in Python's numbers
+        owner[parameter].state[parameter][what] = int(tensor) if counts else tensor.to(parameter.device)
+
+
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Scales all gradients down to a common norm of at most `limit`, if it is not 0; the norm before.
+
+    Gradients below the limit are left alone: multiplying them by 1 is a pass over all of the model.
+    """
+    gradients = []
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            if parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()
+            gradients.append(parameter.grad.values() if parameter.grad.is_sparse else parameter.grad)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit and norm > limit:
+        torch._foreach_mul_(gradients, limit / norm)
+    return norm
 
 
 class Muon(torch.optim.Optimizer):

@@ -5,8 +5,8 @@ Notable:
   budget then bring fewer, so loads, memory and time are upper bounds;
 * FLOPs are those of matrix products that the loss and its gradients need (two and four per weight or score); what
   checkpointing computes again is not useful work, but takes time;
-* activations are the bytes autograd keeps for the backward pass, term by term (`Activations`), with attention that
-  keeps no scores, and a head that keeps none either;
+* activations are the bytes autograd keeps for the backward pass, term by term (`kept_activations`), with attention
+  that keeps no scores, and a head that keeps none either;
 * not counted: the CUDA context, the allocator's gaps, and what lives within one operation. `SPARE` is left for them.
 
 n encoder tokens and m decoder tokens of a sample, D width, c bytes of a number that matrices are multiplied in.
@@ -28,7 +28,7 @@ from fourm.masking.budgets import MaskingConfig, Mixture
 from fourm.modalities import TokenSpace
 from fourm.model.config import FourMConfig
 from fourm.model.fourm import FourM
-from fourm.training.optim import learning_rate, parameter_groups
+from fourm.training.optim import OptimConfig, learning_rate, parameter_groups
 from fourm.training.trainer import TrainConfig
 
 GIB = 2**30
@@ -82,11 +82,13 @@ class Load(NamedTuple):
         given: Encoder tokens by modality; registers count as one.
         asked: Decoder tokens by modality.
         pairs: Query-key pairs of the encoder's self-attention, the decoder's, and of cross-attention.
+        slots: Encoder and decoder tokens of the longest samples, which attention pads the others to.
     """
 
     given: Mapping[str, float]
     asked: Mapping[str, float]
     pairs: tuple[float, float, float]
+    slots: tuple[float, float]
 
     @property
     def tokens(self) -> tuple[float, float]:
@@ -96,14 +98,15 @@ class Load(NamedTuple):
 
 def expected_load(space: TokenSpace, masking: MaskingConfig, registers: int = 0, draws: int = 1024) -> Load:
     """The load of samples that have every modality."""
-    present, index = np.ones((draws, len(space)), bool), np.arange(draws)
-    budgets = Mixture(space, masking).draw(present, np.zeros_like(index), index)
+    mixture, present, index = Mixture(space, masking), np.ones((draws, len(space)), bool), np.arange(draws)
+    budgets = mixture.draw(present, np.zeros_like(index), index)
     given = np.column_stack([budgets.input, np.full(draws, registers)])
     asked = budgets.target * [row.predicted for row in space.modalities.values()]
     n, m = given.sum(1), asked.sum(1)
     names = [*space.names, "registers"]
-    means = (dict(zip(names, tokens.mean(0).tolist(), strict=False)) for tokens in (given, asked))
-    return Load(*means, (float((n * n).mean()), float((m * m).mean()), float((n * m).mean())))
+    inputs, targets = (dict(zip(names, tokens.mean(0).tolist(), strict=False)) for tokens in (given, asked))
+    pairs = (float((n * n).mean()), float((m * m).mean()), float((n * m).mean()))
+    return Load(inputs, targets, pairs, (float(n.max()), float(m.max())))
 
 
 class Parameters(NamedTuple):
@@ -115,6 +118,7 @@ class Parameters(NamedTuple):
         multiplied: Those in linear layers, of which mixed precision makes copies.
         block: Those of the largest block.
         outside: Those outside of all blocks.
+        gradients: Those with a dense gradient.
         optimiser: Numbers that the optimiser remembers.
     """
 
@@ -123,16 +127,18 @@ class Parameters(NamedTuple):
     multiplied: int
     block: int
     outside: int
+    gradients: int
     optimiser: int
 
 
-def count_parameters(model: FourM, muon: bool = False) -> Parameters:
+def count_parameters(model: FourM, optim: OptimConfig) -> Parameters:
     """Counts a model's parameters; it may be on the meta device."""
+    groups = parameter_groups(model, optim.name == "muon", optim.lazy_tables)
+    grouped = {name: sum(parameter.numel() for parameter in group) for name, group in groups.items()}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
     modalities = ("encoder_embeddings.", "decoder_embeddings.", "to_logits.")
     linear = (module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "to_logits")
     blocks = [sum(p.numel() for p in block.parameters()) for block in [*model.encoder, *model.decoder]]
-    one_moment = sum(parameter.numel() for parameter in parameter_groups(model, muon)["muon"])
     total = sum(sizes.values())
     return Parameters(
         total=total,
@@ -140,7 +146,8 @@ def count_parameters(model: FourM, muon: bool = False) -> Parameters:
         multiplied=sum(module.weight.numel() for module in linear),
         block=max(blocks),
         outside=total - sum(blocks),
-        optimiser=2 * total - one_moment,
+        gradients=total - grouped["rows"],
+        optimiser=2 * total - grouped["muon"],
     )
 
 
@@ -166,51 +173,83 @@ def training_flops(model: FourM, load: Load) -> float:
     return 3 * sum(forward.values()) - forward["inputs"]
 
 
-class Activations(NamedTuple):
-    """Bytes that are kept for the backward pass, per sample.
+class Kept(NamedTuple):
+    """A term of what autograd keeps.
 
     Attributes:
-        encoder: One encoder block.
-        decoder: One decoder block.
-        ends: Embeddings, final norms, context and head.
-        inputs: Their own inputs only, of one block of the encoder and of the decoder.
-        depth: Blocks of the encoder and of the decoder.
+        where: In each `encoder` or `decoder` block, or at the `ends` of the model.
+        of: Whose tokens or slots, or scores that are masked.
+        size: Bytes of one of them.
     """
 
-    encoder: float
-    decoder: float
-    ends: float
-    inputs: tuple[float, float]
-    depth: tuple[int, int]
+    where: str
+    of: str
+    size: float
 
-    @classmethod
-    def of(cls, config: FourMConfig, space: TokenSpace, load: Load, compute: int) -> Activations:
-        """Those of a model; `compute` is c."""
-        (n, m), dim, c = load.tokens, config.dim, compute
-        hidden = int(2 * int(dim * config.mlp_ratio) / 3) if config.gated_mlp else int(dim * config.mlp_ratio)
-        state = 4 * dim  # the stream between blocks and norms is float32
-        statistics = 8  # mean and deviation of a norm
-        heads = 4 * config.heads  # log-sum-exp of attention
-        # QK-norm: its input in float32 where that is a copy, its statistics, and its output.
-        head_norm = config.qk_norm * ((state if c < 4 else 0) + 8 * config.heads + c * dim)
-        query = state + statistics + c * 3 * dim + heads + head_norm  # norm; queries, and attention's input and output
-        key = c * 2 * dim + head_norm
-        mlp = state + statistics + c * dim + c * hidden * (4 if config.gated_mlp else 2)
-        context = statistics + c * dim + key
-        rows = sum(4 * space[name].width * load.given[name] for name in space.inputs() if not space[name].discrete)
-        return cls(
-            encoder=n * (query + key + mlp),
-            decoder=m * (query + key + query + mlp) + n * context,
-            ends=rows + n * (2 * state + statistics + c * dim) + m * (2 * state + statistics),
-            inputs=(n * state, m * state),
-            depth=(config.encoder_depth, config.decoder_depth),
-        )
 
-    def total(self, checkpoint: bool = False) -> float:
-        """All of them; with `checkpoint` blocks keep their inputs only, and one at a time computes the rest again."""
-        encoder, decoder = self.inputs if checkpoint else (self.encoder, self.decoder)
-        again = max(self.encoder, self.decoder) if checkpoint else 0
-        return self.depth[0] * encoder + self.depth[1] * decoder + again + self.ends
+def kept_activations(config: FourMConfig, compute: int) -> list[Kept]:
+    """Terms of the activations of a model; `compute` is c. The stream between blocks is float32."""
+    dim, c, normalisers = config.dim, compute, 4 * config.heads
+    hidden = int(2 * int(dim * config.mlp_ratio) / 3) if config.gated_mlp else int(dim * config.mlp_ratio)
+    norm = 4 * dim + 8  # its input; mean and deviation
+    ends = 2 * c * dim  # what a projection before attention gets, and the one behind it
+    # QK-norm: mean and deviation; its input in float32, in a copy of its own or with values beside keys
+    query_norm = config.qk_norm * (4 * dim + 2 * normalisers)
+    key_norm = config.qk_norm * ((4 if c < 4 else 8) * dim + 2 * normalisers)
+    # gate, value and product, or GELU's two sides; mixed precision makes a copy of the input for each layer
+    mlp = norm + c * (dim * (2 if config.gated_mlp and c < 4 else 1) + hidden * (3 if config.gated_mlp else 2))
+    queries, keys = 2 * c * dim + normalisers, 2 * c * dim  # queries and what they get; keys and values
+    return [
+        Kept("encoder", "encoder tokens", norm + ends + query_norm + key_norm + mlp),
+        Kept("encoder", "encoder slots", queries + keys),
+        Kept("encoder", "encoder mask", c),
+        Kept("decoder", "decoder tokens", norm + ends + query_norm + key_norm + norm + ends + query_norm + mlp),
+        Kept("decoder", "decoder slots", queries + keys + queries),
+        Kept("decoder", "decoder mask", c),
+        Kept("decoder", "encoder tokens", 8 + c * dim + key_norm),  # normed by each block, kept once below
+        Kept("decoder", "encoder slots", keys),
+        Kept("decoder", "cross mask", c),
+        Kept("ends", "encoder tokens", norm + c * dim + 4 * dim),  # last norm, projection, context
+        Kept("ends", "decoder tokens", norm + 8 * dim),  # last norm in and out, and the gradient that the head leaves
+    ]
+
+
+def activations(
+    config: FourMConfig, space: TokenSpace, load: Load, compute: int = 2, checkpoint: bool = False
+) -> float:
+    """Bytes that one sample keeps for the backward pass.
+
+    Args:
+        config: Shape of the model. `sdpa` pads to the longest sample of a batch, with masks where lengths differ and
+            always in the decoder; `flex` and `xformers` do not.
+        space: The modality table.
+        load: Tokens of the sample.
+        compute: Bytes of a number that matrices are multiplied in.
+        checkpoint: Blocks keep their inputs only, and one at a time computes the rest again.
+    """
+    (n, m), padded = load.tokens, config.attention == "sdpa"
+    rows, columns = load.slots if padded else (n, m)
+    differ = padded and load.pairs[0] < rows * rows
+    amount = {
+        "encoder tokens": n,
+        "decoder tokens": m,
+        "encoder slots": rows,
+        "decoder slots": columns,
+        "encoder mask": differ * rows * rows,
+        "decoder mask": padded * columns * columns,
+        "cross mask": differ * rows * columns,
+    }
+    parts = {"encoder": 0.0, "decoder": 0.0, "ends": 0.0}
+    for where, of, size in kept_activations(config, compute):
+        parts[where] += size * amount[of]
+    again = 0.0
+    if checkpoint:
+        again = max(parts["encoder"], parts["decoder"])
+        parts |= {"encoder": 4 * config.dim * n, "decoder": 4 * config.dim * m}
+    widths = {name: space[name].width + config.dim for name in space.inputs() if not space[name].discrete}
+    inputs = sum(4 * width * load.given[name] for name, width in widths.items())  # as they come, and projected
+    blocks = config.encoder_depth * parts["encoder"] + config.decoder_depth * parts["decoder"]
+    return blocks + again + parts["ends"] + inputs
 
 
 class Memory(NamedTuple):
@@ -232,7 +271,7 @@ class Memory(NamedTuple):
 
 
 def memory(
-    parameters: Parameters, activations: float, gpus: int, sharded: bool, mixed: bool = True, ema: bool = False
+    parameters: Parameters, kept: float, gpus: int, sharded: bool, mixed: bool = True, ema: bool = False
 ) -> Memory:
     """Memory of one GPU.
 
@@ -242,19 +281,19 @@ def memory(
 
     Args:
         parameters: Of the model.
-        activations: Bytes, of all samples that are computed at once.
+        kept: Bytes of activations, of all samples that are computed at once.
         gpus: How many share the work.
         sharded: FSDP2 instead of DDP.
         mixed: Matrices are multiplied in bfloat16.
         ema: There is a moving average of the weights.
     """
     state = 4 / gpus if sharded else 4.0  # bytes of a number, here
-    copies, sent = 2.0 * mixed * parameters.multiplied, 4.0 * parameters.total * (gpus > 1)
+    copies, sent = 2.0 * mixed * parameters.multiplied, 4.0 * parameters.gradients * (gpus > 1)
     if sharded:
         copies = (2 if mixed else 4) * (parameters.outside + 2.0 * parameters.block)
         sent = 4.0 * max(parameters.outside, parameters.block)
-    weights, gradients = state * parameters.total * (1 + ema), state * parameters.total + sent
-    return Memory(weights, gradients, state * parameters.optimiser, copies, activations)
+    weights, gradients = state * parameters.total * (1 + ema), state * parameters.gradients + sent
+    return Memory(weights, gradients, state * parameters.optimiser, copies, kept)
 
 
 @dataclass(frozen=True)
@@ -280,9 +319,7 @@ class Plan:
     accumulate: Mapping[str, int]
 
 
-def plan(
-    train: TrainConfig, shape: FourMConfig, space: TokenSpace, masking: MaskingConfig, cluster: Cluster
-) -> Plan:
+def plan(train: TrainConfig, shape: FourMConfig, space: TokenSpace, masking: MaskingConfig, cluster: Cluster) -> Plan:
     """Plans a run.
 
     Args:
@@ -297,26 +334,23 @@ def plan(
     """
     with torch.device("meta"):
         model = FourM(shape, space)
-    parameters, load = count_parameters(model, train.optim.name == "muon"), expected_load(space, masking, shape.registers)
+    parameters, load = count_parameters(model, train.optim), expected_load(space, masking, shape.registers)
     mixed, gpu = train.precision != "fp32", GPUS[cluster.gpu]
-    kept, samples = Activations.of(shape, space, load, 2 if mixed else 4), train.loader_batch(cluster.gpus)
-    flops, forward = training_flops(model, load), sum(forward_flops(model, load).values())
+    samples = train.loader_batch(cluster.gpus)
+    flops, forward = training_flops(model, load), forward_flops(model, load)
+    again = forward["linear"] + forward["attention"]
     updates = math.ceil(train.tokens / (train.batch_size * sum(load.tokens))) if train.tokens else train.steps
     rate = cluster.gpus * gpu.tflops * 1e12 * cluster.mfu * 86400
     memories, fitting = {}, {}
-    for sharded, checkpoint in itertools.product((False, True), repeat=2):
-        name = ("FSDP2" if sharded else "DDP") + ", checkpointed" * checkpoint
-
-        def needed(at_once: int, sharded: bool = sharded, checkpoint: bool = checkpoint) -> Memory:
-            bytes_kept = at_once * kept.total(checkpoint)
-            return memory(parameters, bytes_kept, cluster.gpus, sharded, mixed, train.ema > 0)
-
+    for sharded, checkpoint in itertools.product((False, True)[: cluster.gpus], (False, True)):
+        name = ("FSDP2" if sharded else "DDP" if cluster.gpus > 1 else "alone") + ", checkpointed" * checkpoint
+        kept = activations(shape, space, load, 2 if mixed else 4, checkpoint)
+        memories[name] = memory(parameters, samples * kept, cluster.gpus, sharded, mixed, train.ema > 0)
         own = samples * train.accumulate
-        cuts = (cut for cut in range(1, own + 1) if own % cut == 0)
-        memories[name] = needed(samples)
-        fitting[name] = next((cut for cut in cuts if sum(needed(own // cut)) <= (1 - SPARE) * gpu.gib * GIB), 0)
+        most = ((1 - SPARE) * gpu.gib * GIB - sum(memories[name][:-1])) / kept  # samples at once
+        fitting[name] = next((cut for cut in range(1, own + 1) if own % cut == 0 and own // cut <= most), 0)
     total = updates * train.batch_size / rate
-    return Plan(load, parameters, updates, flops, (total * flops, total * (flops + forward)), memories, fitting)
+    return Plan(load, parameters, updates, flops, (total * flops, total * (flops + again)), memories, fitting)
 
 
 def rates(train: TrainConfig) -> str:
@@ -324,7 +358,22 @@ def rates(train: TrainConfig) -> str:
     length = train.tokens or train.steps
     warmup = train.optim.warmup if train.optim.warmup < 1 else train.optim.warmup / length
     shares = sorted({0.0, warmup, *(share / 5 for share in range(1, 6))})
-    return ", ".join(f"{learning_rate(train.optim, share * length, length):.2e} at {share:.3g}" for share in shares)
+    return ", ".join(
+        f"{learning_rate(train.optim, share * length, length):.2e} at {100 * share:.3g} %" for share in shares
+    )
+
+
+def describe_tokenizer(train: TrainConfig, tokenizer: nn.Module) -> str:
+    """The plan of a tokenizer's run as text; activations and time are not planned."""
+    total, updates = sum(p.numel() for p in tokenizer.parameters()), train.steps
+    state = 4 * total * (4 + (train.ema > 0)) / GIB
+    lines = {
+        "parameters": f"{total:,}",
+        "run": f"{updates:,} updates of {train.batch_size:,} samples, {updates * train.batch_size:,} in all",
+        "rate": rates(train),
+        "memory": f"{state:.2f} GiB of weights, gradients and optimiser on each GPU, and activations",
+    }
+    return "\n".join(f"{name:<12}{value}" for name, value in lines.items())
 
 
 def describe(
@@ -338,7 +387,7 @@ def describe(
     lines = {
         "model": f"width {shape.dim}, {shape.encoder_depth} + {shape.decoder_depth} blocks, {shape.heads} heads; "
         f"{len(space.inputs())} modalities in, {len(space.outputs())} out",
-        "parameters": f"{made.parameters.total:,}; without embeddings and heads of modalities {made.parameters.trunk:,}",
+        "parameters": f"{made.parameters.total:,}; {made.parameters.trunk:,} without those of modalities",
         "sample": f"{given} + {asked} slots; budgets fill {n:.1f} + {m:.1f}, texts that are shorter fewer",
         "update": f"{samples:,} samples, {samples * (given + asked):,} slots, {samples * (n + m):,.0f} tokens; "
         f"each of {cluster.gpus} GPUs computes {train.accumulate} x {parts} samples",
@@ -347,7 +396,7 @@ def describe(
         "rate": rates(train),
         "compute": f"{made.flops / 1e9:,.2f} GFLOP a sample, {made.flops / (n + m) / 1e9:.3f} a token, "
         f"{updates * samples * made.flops:.3g} FLOP in all",
-        "time": f"{days:,.2f} days on {cluster.gpus} {cluster.gpu} at {cluster.mfu:.0%} of their peak, {repeated:,.2f} "
+        "time": f"{days:.3g} days on {cluster.gpus} {cluster.gpu} at {cluster.mfu:.0%} of their peak, {repeated:.3g} "
         "with checkpointed activations",
     }
     limit = GPUS[cluster.gpu].gib

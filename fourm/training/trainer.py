@@ -27,6 +27,7 @@ from fourm.logbook import Logbook, amount, duration
 from fourm.training.optim import (
     OptimConfig,
     build_optimizers,
+    clip_gradients,
     learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -241,7 +242,7 @@ class Trainer:
             values = torch.stack([value.detach().float() for value in losses.values()]).tolist()
             for name, value in zip(losses, values, strict=True):
                 parts[name] = parts.get(name, 0.0) + value
-        norm = float(self.accelerator.clip_grad_norm_(self.task.model.parameters(), config.optim.clip or math.inf))
+        norm = float(clip_gradients(self.task.model, config.optim.clip))
         self._refuse_non_finite(parts, norm, batches)
 
         for optimizer in self.optimizers:

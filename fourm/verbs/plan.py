@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from fourm.masking.budgets import Component, MaskingConfig
 from fourm.modalities import TokenSpace
-from fourm.model.config import FourMConfig
 from fourm.training.planner import Cluster, describe
 from fourm.verbs import train
 
@@ -17,7 +16,7 @@ def _everything() -> MaskingConfig:
 
 @dataclass(kw_only=True)
 class Config(train.Config):
-    """A training run, and where it should run. Only `modalities` is needed.
+    """A training run, and where it should run. `modalities` and `model` are needed.
 
     Args:
         gpus: How many.
@@ -27,7 +26,6 @@ class Config(train.Config):
 
     data: str = ""
     folder: str = ""
-    model: FourMConfig = field(default_factory=FourMConfig)
     masking: MaskingConfig = field(default_factory=_everything)
     gpus: int = 8
     gpu: str = "A100"

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from fourm import runtime
 from fourm.data.loader import Loader
 from fourm.data.shards import ShardDataset
 from fourm.evaluation.tokenizers import evaluate_tokenizer
 from fourm.tokenization.autoencoder import ImageTokenizer, TokenizerConfig, TokenizerLoss, TokenizerTask
+from fourm.training.planner import describe_tokenizer
 from fourm.training.trainer import TrainConfig, Trainer
 
 
@@ -26,6 +29,7 @@ class Config(TrainConfig):
         folder: The finished tokenizer; its training run is in `run` below.
         tokenizer: Input, quantizer, backbone and loss.
         test_samples: Samples of the test split it is measured on.
+        dry_run: Only say what the run takes. No data are needed.
     """
 
     data: str
@@ -33,12 +37,17 @@ class Config(TrainConfig):
     folder: str
     tokenizer: TokenizerConfig
     test_samples: int = 512
+    dry_run: bool = False
 
-    may_change = TrainConfig.may_change | set(["data", "folder", "test_samples"])
+    may_change = TrainConfig.may_change | set(["data", "folder", "test_samples", "dry_run"])
 
 
 def run(config: Config) -> None:
     """Trains, writes the tokenizer's folder, and measures it on the test split."""
+    if config.dry_run:
+        with torch.device("meta"):
+            print(describe_tokenizer(config, ImageTokenizer(config.tokenizer)))
+        return
     runtime.seed_everything(config.seed, "tokenizer", config.modality)
     folder = Path(config.folder)
     joined = runtime.accelerator()

@@ -102,3 +102,17 @@ def test_names_of_figures():
         "mean_predictor_mae_land_m", "mean_predictor_angle_deg", "majority_land", "majority_iou", "majority_miou_land",
         "mean_predictor_psnr",
     ]  # fmt: skip
+
+
+def test_depth_is_scored_up_to_scale_and_shift():
+    truth = np.array([[[0.0, 1.0], [2.0, 3.0]]])
+    assert SCORES["depth"](truth * -7 + 3, truth, None, 0)["relative_error"] == pytest.approx(0, abs=1e-9)
+    flat = SCORES["depth"](np.zeros_like(truth), truth, None, 0)["relative_error"]
+    assert flat == pytest.approx(1 / np.sqrt(1.25))  # the mean's error of 1 over a deviation of sqrt(1.25)
+
+
+def test_masks_and_features_by_hand():
+    truth, guess = np.array([[[1, 1], [0, 0]]]), np.array([[[1, 0], [1, 0]]])
+    assert SCORES["mask"](guess, truth, None, 0)["iou"] == pytest.approx(1 / 3)
+    wanted, made = np.array([[3.0, 4.0], [1.0, 0.0]]), np.array([[6.0, 8.0], [0.0, 2.0]])
+    assert SCORES["features"](made, wanted, None, 0)["cosine"] == pytest.approx(0.5)

@@ -247,7 +247,7 @@ def test_what_the_encoder_sees_is_what_masking_gives(names):
     tokens = samples(5)
     expected = transfer_batch(SPACE, tokens, names, ["depth"] if not names else [])
     batch = pack(SPACE, [from_samples(SPACE, tokens, names)], 5, torch.device("cpu"))
-    for field in ("ids", "pos", "mod", "sample"):
+    for field in ("ids", "pos", "mod"):
         assert torch.equal(getattr(batch, field), getattr(expected, field)), field
     assert batch.rows.keys() == expected.rows.keys()
     for name in batch.rows:
@@ -282,7 +282,6 @@ def test_only_what_is_known_and_asked_is_embedded():
     assert batch.ids.shape == (4, 14) and batch.target.shape == (4, 9)
     assert (batch.mod >= 0).sum(1).tolist() == [12, 14, 0, 0]
     assert (batch.target_mod >= 0).sum(1).tolist() == [9, 7, 9, 7]
-    assert torch.equal(batch.sample < 0, batch.mod < 0) and torch.equal(batch.target_sample < 0, batch.target_mod < 0)
 
 
 @torch.no_grad()
@@ -300,7 +299,7 @@ def test_as_4m_samples(model):
         assert not torch.equal(ours, Sampler(model).generate({name: hidden}, plan)["normal"])
 
     batch = pack(SPACE, [{"depth": depth}], 2, torch.device("cpu"), "normal", torch.ones(2, 12, dtype=torch.bool))
-    nothing = Context(torch.zeros(2, 0, 32), torch.zeros(2, 0, dtype=torch.long))
+    nothing = Context(torch.zeros(0, 32), [0, 0], [0, 0])
     guided, free = (model.logits(model.decode(batch, c), "normal") for c in (model.encode(batch), nothing))
     assert torch.equal(Sampler(theirs).generate({"depth": depth}, plan)["normal"], (2 * guided - free).argmax(-1))
 
@@ -327,8 +326,8 @@ def test_order_and_draws_can_be_replaced(model):
 
 
 def test_small_pieces_by_hand():
-    logits = torch.tensor([[1.0, 2.0], [3.0, 5.0], [0.0, 1.0]])
-    assert guide(logits, (2.0, -1.0)).tolist() == [1 + 2 * 2 - 1 * -1, 2 + 2 * 3 - 1 * -1]
+    hidden = torch.tensor([[1.0, 2.0], [3.0, 5.0], [0.0, 1.0]])
+    assert guide(hidden, (2, -1)).tolist() == [1 + 2 * 2 - 1 * -1, 2 + 2 * 3 - 1 * -1]
     scores = torch.tensor([[0.1, 0.9, 0.5], [0.1, 0.9, 0.5]])
     assert highest(scores, torch.tensor([2, 0])).tolist() == [[False, True, True], [False] * 3]
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from scipy.stats import chi2
 
-from fourm.generation.sampling import sample, shortlist
+from fourm.generation.sampling import draw, sample, shortlist
 
 
 def kept(logits, top_k, top_p):
@@ -41,6 +42,37 @@ def test_frequencies(options, expected):
     frequency = ids.bincount(minlength=4) / len(ids)
     assert frequency.tolist() == pytest.approx(expected, abs=0.015)
     assert confidence.tolist() == pytest.approx([expected[i] for i in ids.tolist()])
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 40}, {"top_p": 0.8},
+                                     {"top_k": 0.5, "top_p": 0.9, "temperature": 1.5}])  # fmt: skip
+def test_draws_follow_the_exact_probabilities(options):
+    """Chi-square test over 300 ids."""
+    logits = 1.5 * torch.randn(300, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    top_k, top_p = options.get("top_k", 300), options.get("top_p", 1.0)
+    order = logits.argsort(descending=True)[: int(300 * top_k) if isinstance(top_k, float) else top_k]
+    share = logits[order].softmax(0)
+    order = order[share.cumsum(0) - share <= top_p]
+    expected = torch.zeros_like(logits)
+    expected[order] = (logits[order] / options.get("temperature", 1.0)).softmax(0)
+
+    count = 200_000
+    generator = torch.Generator().manual_seed(4)
+    drawn = [sample(logits.float().expand(count // 10, 300), **options, generator=generator) for _ in range(10)]
+    ids, confidence = map(torch.cat, zip(*drawn, strict=True))
+    torch.testing.assert_close(confidence, expected[ids].float(), rtol=1e-4, atol=0)
+    found, likely = ids.bincount(minlength=300), expected * count > 5
+    assert not found[expected == 0].any()
+    statistic = ((found - count * expected)[likely].square() / (count * expected[likely])).sum()
+    assert statistic < chi2.ppf(0.999, int(likely.sum()) - 1)
+
+
+def test_draws_reach_both_ends_and_nothing_impossible():
+    probability = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(10000, 5)
+    columns = draw(probability, probability, torch.Generator().manual_seed(0))
+    assert sorted(set(columns.tolist())) == [1, 3]
+    again = draw(probability, probability, torch.Generator().manual_seed(0))
+    assert torch.equal(columns, again)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}])

@@ -77,7 +77,7 @@ def merge(given: list[int], asked: list[int]) -> list[int]:
 
 
 def equal(one: MaskedBatch, other: MaskedBatch) -> bool:
-    names = ("ids", "pos", "mod", "sample", "target_in", "target", "target_pos", "target_mod", "target_sample")
+    names = ("ids", "pos", "mod", "target_in", "target", "target_pos", "target_mod")
     same = all(torch.equal(getattr(one, name), getattr(other, name)) for name in names) and one.keys == other.keys
     return same and all(
         torch.equal(one.rows[name], other.rows[name]) and torch.equal(one.slots[name], other.slots[name])
@@ -205,14 +205,12 @@ def test_layout() -> None:
     """Sorted by modality, then position; empty slots last, -1 and zeros; widths are the budgets whatever is filled."""
     batch = Masker(SPACE, EVEN)(samples(40), draws(40))
     assert batch.ids.shape == batch.target.shape == (40, 20)
-    for mod, pos, sample, ids in (
-        (batch.mod, batch.pos, batch.sample, batch.ids),
-        (batch.target_mod, batch.target_pos, batch.target_sample, batch.target),
+    for mod, pos, ids in (
+        (batch.mod, batch.pos, batch.ids),
+        (batch.target_mod, batch.target_pos, batch.target),
     ):
         key = torch.where(mod < 0, 10**6, mod * 1000 + pos)
         assert (key.diff(dim=1)[mod[:, 1:] >= 0] > 0).all()
-        assert torch.equal(mod < 0, sample < 0)
-        assert set(sample.unique().tolist()) <= {0, -1}
         assert not pos[mod < 0].any()
         assert not ids[mod < 0].any()
     assert not batch.target_in[batch.target_mod < 0].any()

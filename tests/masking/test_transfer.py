@@ -37,7 +37,6 @@ def test_by_hand() -> None:
     assert batch.ids.tolist() == [[260, 13, 0], [261, 262, 263]]  # the longer one loses its end token
     assert batch.pos.tolist() == [[2, 3, 0], [2, 3, 4]]
     assert batch.mod.tolist() == [[1, 1, -1], [1, 1, 1]]
-    assert batch.sample.tolist() == [[0, 0, -1], [0, 0, 0]]
     assert batch.target.tolist() == [[4, 5, 316], [8, 9, 310]]
     assert batch.target_in.tolist() == [[-1, -1, -1], [-1, -1, -1]]
     assert batch.target_pos.tolist() == [[0, 1, 10], [0, 1, 10]]

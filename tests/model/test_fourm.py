@@ -38,14 +38,14 @@ def model():
 def batch(*samples: dict, inputs: int = 6, targets: int = 6) -> MaskedBatch:
     """Rows from dictionaries {"in": [(modality, place, id)], "out": [(modality, place, id fed, id asked)]}."""
     columns = {
-        name: torch.zeros(len(samples), inputs if name in ("ids", "pos", "mod", "sample") else targets).long()
-        for name in ("ids", "pos", "mod", "sample", "target_in", "target", "target_pos", "target_mod", "target_sample")
+        name: torch.zeros(len(samples), inputs if name in ("ids", "pos", "mod") else targets).long()
+        for name in ("ids", "pos", "mod", "target_in", "target", "target_pos", "target_mod")
     }
-    for name in ("mod", "sample", "target_mod", "target_sample"):
+    for name in ("mod", "target_mod"):
         columns[name].fill_(-1)
     rows, slots = [], []
     for b, sample in enumerate(samples):
-        for n, (name, place, value, *packed) in enumerate(sample["in"]):
+        for n, (name, place, value) in enumerate(sample["in"]):
             number = SPACE.number[name]
             if SPACE[name].discrete:
                 columns["ids"][b, n] = SPACE.vocab_offset[number] + value
@@ -53,13 +53,13 @@ def batch(*samples: dict, inputs: int = 6, targets: int = 6) -> MaskedBatch:
                 rows.append(torch.tensor(value))
                 slots.append(b * inputs + n)
             columns["pos"][b, n] = SPACE.position_offset[number] + place
-            columns["mod"][b, n], columns["sample"][b, n] = number, packed[0] if packed else 0
-        for m, (name, place, fed, asked, *packed) in enumerate(sample["out"]):
+            columns["mod"][b, n] = number
+        for m, (name, place, fed, asked) in enumerate(sample["out"]):
             number = SPACE.number[name]
             columns["target_in"][b, m] = -1 if fed < 0 else SPACE.vocab_offset[number] + fed
             columns["target"][b, m] = SPACE.vocab_offset[number] + asked
             columns["target_pos"][b, m] = SPACE.position_offset[number] + place
-            columns["target_mod"][b, m], columns["target_sample"][b, m] = number, packed[0] if packed else 0
+            columns["target_mod"][b, m] = number
     continuous = {"rows": {"rgb": torch.stack(rows)}, "slots": {"rgb": torch.tensor(slots)}} if rows else {}
     return MaskedBatch(**columns, **continuous)
 
@@ -123,17 +123,6 @@ def test_token_nll_is_cross_entropy_over_the_own_vocabulary(model):
     assert model.token_nll(rows)[0, 4:].tolist() == [0.0, 0.0]
 
 
-def test_packed_samples_do_not_see_each_other(model):
-    apart = model(batch(FIRST, SECOND, inputs=4, targets=6))
-    packed = {
-        "in": [(*token, sample) for sample, part in enumerate((FIRST, SECOND)) for token in part["in"]],
-        "out": [(*token, sample) for sample, part in enumerate((FIRST, SECOND)) for token in part["out"]],
-    }
-    together = model(batch(packed, inputs=4, targets=6))
-    torch.testing.assert_close(together[0, :4], apart[0, :4], atol=1e-5, rtol=0)
-    torch.testing.assert_close(together[0, 4:6], apart[1, :2], atol=1e-5, rtol=0)
-
-
 def test_padding_changes_nothing(model):
     short, long = model(batch(FIRST, inputs=3, targets=4)), model(batch(FIRST, inputs=9, targets=8))
     torch.testing.assert_close(short[0, :4], long[0, :4], atol=1e-5, rtol=0)
@@ -174,15 +163,13 @@ def test_decoding_step_by_step_equals_decoding_at_once(model):
             cache.select(torch.tensor([1, 0]))
 
 
-def test_registers_take_part_and_refuse_packed_rows():
+def test_registers_take_part():
     model = FourM(dataclasses.replace(CONFIG, registers=3, qk_norm=True), SPACE).eval()
     rows = batch(FIRST)
     before = model(rows)
     with torch.no_grad():
         model.register_tokens.mul_(50)
     assert not torch.allclose(before, model(rows))
-    with pytest.raises(ValueError, match="packed"):
-        model(batch({"in": [("depth", 0, 1, 1)], "out": []}))
 
 
 def test_save_and_load_give_the_same_model(model, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fourm.modalities import Modality, TokenSpace
+from fourm.model.attention import Blocks
 from fourm.model.config import FourMConfig
 from fourm.model.fourm import FourM
 from fourm.model.lora import LoRALinear, fuse_lora, inject_lora, train_lora_only
@@ -20,7 +21,8 @@ def model():
 
 
 def blocks(model: FourM) -> torch.Tensor:
-    return model.decoder[0](X, model.encoder[0](X, None), None, None)
+    own, x = Blocks.even(2, 5, 5, X.device), X.flatten(0, 1)
+    return model.decoder[0](x, model.encoder[0](x, own), own, own)
 
 
 def test_starts_as_the_same_model_and_fuses_into_one(model):

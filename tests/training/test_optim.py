@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from fourm.modalities import Modality, TokenSpace
+from fourm.model.embeddings import Embeddings
 from fourm.training import optim
 from fourm.training.optim import Muon, OptimConfig, learning_rate, orthogonalise, parameter_groups
 
@@ -110,3 +112,42 @@ def test_optimizer_state_round_trip_and_refusal():
         optim.load_optimizer_tensors(model, again, {"exp_avg/nobody": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"shape \(2,\)"):
         optim.load_optimizer_tensors(model, again, {"exp_avg/table.weight": torch.zeros(2)})
+
+
+def test_lazy_tables_follow_adam_where_rows_occur_and_rest_elsewhere():
+    space = TokenSpace({"map": Modality("grid", vocab_size=9, grid=(1, 3))})
+    torch.manual_seed(0)
+    side = Embeddings(space, 4, ["map"])
+    nn.init.normal_(side.tokens.weight)
+    nn.init.normal_(side.modality)
+    before = side.tokens.weight.detach().clone()
+    adam = nn.Parameter(before.clone())
+    built = optim.build_optimizers(side, OptimConfig(lr=0.1, lazy_tables=True))
+    reference = torch.optim.Adam([adam], 0.1, betas=(0.9, 0.95), eps=1e-8)
+    ids = torch.tensor([[2, 5, 5]])
+    side.look_up(ids, torch.zeros_like(ids)).pow(2).sum().backward()
+    nn.functional.embedding(ids, adam).pow(2).sum().backward()
+    assert side.tokens.weight.grad.is_sparse
+    norm = optim.clip_gradients(side, 0)
+    assert norm == pytest.approx(float(adam.grad.norm()))
+    for optimizer in (*built, reference):
+        optimizer.step()
+    torch.testing.assert_close(side.tokens.weight[[2, 5]], adam[[2, 5]])
+    rest = [0, 1, 3, 4, 6, 7, 8]
+    assert torch.equal(side.tokens.weight[rest], before[rest])
+    tensors = optim.optimizer_tensors(side, built)
+    again = optim.build_optimizers(side, OptimConfig(lazy_tables=True))
+    optim.load_optimizer_tensors(side, again, tensors)
+    assert [o.state for o in again if isinstance(o, torch.optim.SparseAdam)][0][side.tokens.weight]["step"] == 1
+
+
+def test_clipping_follows_torch():
+    draws = [torch.randn(3, 4), torch.randn(5)]
+    ours, theirs = nn.ParameterList(draws), nn.ParameterList([draw.clone() for draw in draws])
+    for limit in (0.5, 100.0):
+        for parameter, draw in zip([*ours, *theirs], [*draws, *draws], strict=True):
+            parameter.grad = draw.clone()
+        norm = optim.clip_gradients(ours, limit)
+        assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.parameters(), limit)))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
