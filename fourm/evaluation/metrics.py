@@ -1,8 +1,8 @@
 """Figures on numpy arrays, in each modality's own units.
 
 `SCORES` knows the kinds of image-like modality: `image` (pixels), `field` (numbers), `normal` (unit vectors coded as
-uint8), `classes` (ids), `depth` (up to scale and shift), `mask` and `features`; `COMBINE` and `CONSTANT` the first four.
-B pictures of H x W pixels.
+uint8), `classes` (ids), `depth` (up to scale and shift), `mask` and `features`; `COMBINE` and `CONSTANT` know the first
+four. B pictures of H x W pixels.
 """
 
 from __future__ import annotations

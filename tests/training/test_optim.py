@@ -138,7 +138,7 @@ def test_lazy_tables_follow_adam_where_rows_occur_and_rest_elsewhere():
     tensors = optim.optimizer_tensors(side, built)
     again = optim.build_optimizers(side, OptimConfig(lazy_tables=True))
     optim.load_optimizer_tensors(side, again, tensors)
-    assert [o.state for o in again if isinstance(o, torch.optim.SparseAdam)][0][side.tokens.weight]["step"] == 1
+    assert next(o.state for o in again if isinstance(o, torch.optim.SparseAdam))[side.tokens.weight]["step"] == 1
 
 
 def test_clipping_follows_torch():
