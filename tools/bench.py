@@ -1,4 +1,8 @@
-"""Rates of the parts of the product, on this machine: `OMP_NUM_THREADS=1 python tools/bench.py masking`."""
+"""How fast the parts of the product are on this machine: `python tools/bench.py training`.
+
+Every figure is printed beside what is wanted of it, and drawn in `runs/bench/<benchmark>.png`. Figures are ratios of
+times that were taken in turn in one run, or CPU seconds of one thread.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,10 @@ import argparse
 import resource
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +34,40 @@ from fourm.model.layers import CrossAttention, SelfAttention
 from fourm.training.optim import OptimConfig, build_optimizers, clip_gradients
 
 ROOT = Path(__file__).parents[1]
+
+
+class Figure(NamedTuple):
+    """A figure, and what is wanted of it: at least that much, or at most."""
+
+    label: str
+    value: float
+    wanted: float
+    at_most: bool = False
+    unit: str = ""
+
+    @property
+    def reached(self) -> float:
+        """How far it goes: 1 is what is wanted, more is better."""
+        return self.wanted / self.value if self.at_most else self.value / self.wanted
+
+    def __str__(self) -> str:
+        limit = "at most" if self.at_most else "at least"
+        return f"{self.label:52} {self.value:10,.2f} {self.unit:10} {limit} {self.wanted:,.2f}"
+
+
+def draw(figures: Sequence[Figure], path: Path) -> None:
+    """A bar for each figure, as a share of what is wanted."""
+    import matplotlib.pyplot as plt  # not before the memory of training is measured
+
+    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.45 * len(figures)), layout="constrained")
+    labels = [f"{each.label}: {each.value:,.3g} {each.unit}".strip() for each in figures]
+    shares = [each.reached for each in figures]
+    axes.barh(labels, shares, color=["tab:green" if share >= 1 else "tab:red" for share in shares])
+    axes.axvline(1, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of what is wanted")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def earth_space() -> TokenSpace:
@@ -67,7 +105,7 @@ def random_samples(space: TokenSpace, count: int, seed: int = 0) -> list[dict[st
     return [{name: content(row) for name, row in space.modalities.items()} for _ in range(count)]
 
 
-def masking(samples: int = 8192, batch: int = 256) -> None:
+def masking(samples: int = 8192, batch: int = 256) -> Iterator[Figure]:
     """Samples masked per CPU second by one process, 13 modalities at 128/128 tokens (at least 4,000 are wanted)."""
     space = earth_space()
     mixture = [
@@ -85,8 +123,10 @@ def masking(samples: int = 8192, batch: int = 256) -> None:
         masked = masker(stock, [(1, first + index) for index in range(batch)])
         given, asked = given + masked.input_tokens, asked + masked.target_tokens
     seconds = time.process_time() - start
-    print(f"masking: {samples / seconds:,.0f} samples/s (batches of {batch}, {len(space)} modalities, 128/128 tokens;")
-    print(f"         slots filled: {given / samples / 128:.0%} of inputs, {asked / samples / 128:.0%} of targets)")
+    print(
+        f"batches of {batch}, {given / samples / 128:.0%} of inputs and {asked / samples / 128:.0%} of targets filled"
+    )
+    yield Figure("13 modalities, 128/128 tokens, one core", samples / seconds, 4000, unit="samples/s")
 
 
 def four_m_7() -> TokenSpace:
@@ -94,7 +134,7 @@ def four_m_7() -> TokenSpace:
     return TokenSpace.from_dict(yaml.safe_load((ROOT / "configs/modalities/4m-7.yaml").read_text()))
 
 
-def training(steps: int = 8, batch: int = 16) -> None:
+def training(steps: int = 8, batch: int = 16) -> Iterator[Figure]:
     """Matrix products of a training step over its time, as a share of what one large product reaches in the same run.
 
     4M-7 tiny, 128/128 tokens, fp32, 2 threads, with the optimiser; at least 70 % and at most 3.0 GB are wanted.
@@ -134,8 +174,11 @@ def training(steps: int = 8, batch: int = 16) -> None:
         model.loss(batches[0])["loss"].backward()
     work, rate = counter.get_total_flops(), 2 * 2048**3 / float(np.median(products))
     share = work / float(np.median(seconds)) / rate
-    print(f"training: {batch / np.median(seconds):.2f} samples/s, {work / batch / 1e9:.1f} GFLOP a sample,")
-    print(f"          {share:.0%} of the {rate / 1e9:.0f} GFLOP/s of a 2048^3 product; peak memory {peak:.2f} GB")
+    print(
+        f"{batch / np.median(seconds):.2f} samples/s, {work / batch / 1e9:.1f} GFLOP each; product {rate / 1e9:.0f} GFLOP/s"
+    )
+    yield Figure("a step's products over its time", 100 * share, 70, unit="% of rate")
+    yield Figure("peak memory", peak, 3.0, at_most=True, unit="GB")
 
 
 def packing(batch: int = 8, steps: int = 3, rounds: int = 2) -> None:
@@ -185,10 +228,12 @@ def packing(batch: int = 8, steps: int = 3, rounds: int = 2) -> None:
     slots = 256 * batch * steps
     ratio, wanted = seconds[False] / seconds[True], 1 + 0.85 * (2 * slots / (given + asked) - 1)
     apart = max(abs(one - other) for one, other in zip(*losses.values(), strict=True))
-    print(f"packing: {given / slots:.0%} of inputs and {asked / slots:.0%} of targets filled;")
-    for packed, label in ((False, "off"), (True, "on ")):
-        print(f"         {label} {(given + asked) / seconds[packed]:,.0f} filled slots/s")
-    print(f"         ratio {ratio:.2f}, at least {wanted:.2f} is wanted; losses differ by at most {apart:.0e}")
+    rates = [(given + asked) / seconds[packed] for packed in (False, True)]
+    print(
+        f"{given / slots:.0%} of inputs and {asked / slots:.0%} of targets filled; {rates[0]:,.0f} filled slots/s with"
+    )
+    print(f"empty ones computed, {rates[1]:,.0f} without; losses differ by at most {apart:.0e}")
+    yield Figure("4M-21 recipe, without empty slots over with them", ratio, wanted)
 
 
 @torch.no_grad()
@@ -227,7 +272,7 @@ def bare_products(model: FourM, name: str, tokens: int, rows: int, scored: int) 
         model.logits(states, name)
 
 
-def generation(batch: int = 2, tokens: int = 256, steps: int = 8, rounds: int = 2) -> None:
+def generation(batch: int = 2, tokens: int = 256, steps: int = 8, rounds: int = 2) -> Iterator[Figure]:
     """CPU seconds of one thread to generate with 4M-7 tiny from an RGB image, and of the passes that takes at least."""
     torch.set_num_threads(1)
     model = FourM(FourMConfig(size="tiny"), four_m_7()).eval()
@@ -258,26 +303,31 @@ def generation(batch: int = 2, tokens: int = 256, steps: int = 8, rounds: int = 
             model.logits(hidden, grid)
             settled += count
 
-    print(f"generation: 4M-7 tiny, batch {batch}, from an RGB image; CPU seconds of one thread, and of what it must do")
+    print(
+        f"4M-7 tiny, batch {batch}, from an RGB image; CPU seconds of one thread, and of the passes it takes at least"
+    )
     for scale, top_p in ((2.0, 0.0), (2.0, 0.9), (1.0, 0.0)):
         rows = batch if scale == 1 else 2 * batch
         label = f"{tokens} text tokens, guidance {scale}" + (f", top-p {top_p}" if top_p else "")
-        compare(label, partial(write, scale, top_p), partial(bare_products, model, text, tokens, rows, batch), rounds)
+        floor = partial(bare_products, model, text, tokens, rows, batch)
+        yield Figure(label, compare(label, partial(write, scale, top_p), floor, rounds)[0], 5, at_most=True, unit="s")
     for scheme in ("maskgit", "roar"):
         for scale in (1.0, 2.0):
             plan = chain(model.space, [Target(grid, scheme, steps, guidance=scale)])
             label = f"{scheme}, {steps} steps, {model.space[grid].length} tokens, guidance {scale}"
-            compare(label, partial(fill, plan), partial(fill_barely, plan), rounds)
+            ours, least = compare(label, partial(fill, plan), partial(fill_barely, plan), rounds)
+            yield Figure(label, ours / least, 1.2, at_most=True, unit="x floor")
 
 
-def compare(label: str, run: Callable[[], object], floor: Callable[[], object], rounds: int) -> None:
-    """Prints the CPU seconds of both, the least of some rounds in turn."""
+def compare(label: str, run: Callable[[], object], floor: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """CPU seconds of both, the least of some rounds in turn."""
     seconds = [[timeit.timeit(part, timer=time.process_time, number=1) for part in (run, floor)] for _ in range(rounds)]
     ours, least = np.min(seconds, axis=0)
-    print(f"  {label:48} {ours:5.2f} s, floor {least:5.2f} s, ratio {ours / least:.2f}", flush=True)
+    print(f"  {label:48} {ours:5.2f} s, floor {least:5.2f} s", flush=True)
+    return ours, least
 
 
-BENCHMARKS: dict[str, Callable[..., None]] = {
+BENCHMARKS: dict[str, Callable[[], Iterator[Figure]]] = {
     "masking": masking,
     "training": training,
     "packing": packing,
@@ -287,4 +337,8 @@ BENCHMARKS: dict[str, Callable[..., None]] = {
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("benchmark", choices=BENCHMARKS)
-    BENCHMARKS[parser.parse_args().benchmark]()
+    name = parser.parse_args().benchmark
+    figures = list(BENCHMARKS[name]())
+    print(*figures, sep="\n")
+    draw(figures, Path(f"runs/bench/{name}.png"))
+    print(f"runs/bench/{name}.png")
