@@ -60,7 +60,7 @@ def draw(figures: Sequence[Figure], path: Path) -> None:
     import matplotlib.pyplot as plt  # not before the memory of training is measured
 
     figure, axes = plt.subplots(figsize=(9, 0.8 + 0.45 * len(figures)), layout="constrained")
-    labels = [f"{each.label}: {each.value:,.3g} {each.unit}".strip() for each in figures]
+    labels = [f"{each.label}: {each.value:,.2f} {each.unit}".strip() for each in figures]
     shares = [each.reached for each in figures]
     axes.barh(labels, shares, color=["tab:green" if share >= 1 else "tab:red" for share in shares])
     axes.axvline(1, color="black", linewidth=1)
@@ -174,9 +174,8 @@ def training(steps: int = 8, batch: int = 16) -> Iterator[Figure]:
         model.loss(batches[0])["loss"].backward()
     work, rate = counter.get_total_flops(), 2 * 2048**3 / float(np.median(products))
     share = work / float(np.median(seconds)) / rate
-    print(
-        f"{batch / np.median(seconds):.2f} samples/s, {work / batch / 1e9:.1f} GFLOP each; product {rate / 1e9:.0f} GFLOP/s"
-    )
+    speed = batch / np.median(seconds)
+    print(f"{speed:.2f} samples/s of {work / batch / 1e9:.1f} GFLOP each; the product reaches {rate / 1e9:.0f} GFLOP/s")
     yield Figure("a step's products over its time", 100 * share, 70, unit="% of rate")
     yield Figure("peak memory", peak, 3.0, at_most=True, unit="GB")
 

@@ -5,6 +5,9 @@ T tokens of all rows end to end, K of the context; B rows of N tokens where a te
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +46,29 @@ def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
 def merge_heads(x: Tensor) -> Tensor:
     """(B, H, N, D / H) -> (B, N, D)."""
     return x.transpose(1, 2).flatten(2)
+
+
+@contextmanager
+def remade(*cheap: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
+    """What is computed inside does not keep these tensors for the backward pass.
+
+    Args:
+        cheap: Tensors, and how each is made again, of what is kept in any case.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        yield
+        return
+    makers = {tensor.untyped_storage().data_ptr(): make for tensor, make in cheap}
+
+    def pack(saved: Tensor) -> Tensor | tuple[Callable[[], Tensor], torch.Size]:
+        make = makers.get(saved.untyped_storage().data_ptr()) if saved.is_contiguous() else None
+        return saved if make is None else (make, saved.shape)
+
+    def unpack(kept: Tensor | tuple[Callable[[], Tensor], torch.Size]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept[0]().view(kept[1])
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 class HeadNorm(nn.Module):
@@ -127,7 +153,10 @@ class Mlp(nn.Module):
         missing = -self.hidden % 8
         if missing and x.is_cuda and isinstance(self.fc1, nn.Linear):
             return self.widened(x, missing)
-        return self.fc2(SiluGate.apply(self.fc1(x), self.fc3(x)))
+        gate, value = self.fc1(x), self.fc3(x)
+        product = SiluGate.apply(gate, value)
+        with remade((product, lambda: F.silu(gate).mul_(value))):
+            return self.fc2(product)
 
     def widened(self, x: Tensor, missing: int) -> Tensor:
         """The same with so many zeros beside the hidden units: tensor cores want multiples of 8 (1365 of them are not).
@@ -191,8 +220,12 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x: Tensor, blocks: Blocks) -> Tensor:
         """(T, D) -> (T, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x), blocks), blocks)
-        return x + self.drop_path(self.mlp(self.norm2(x)), blocks)
+        normed = self.norm1(x)
+        with remade((normed, partial(self.norm1, x))):
+            x = x + self.drop_path(self.attn(normed, blocks), blocks)
+        normed = self.norm2(x)
+        with remade((normed, partial(self.norm2, x))):
+            return x + self.drop_path(self.mlp(normed), blocks)
 
 
 class DecoderBlock(nn.Module):
@@ -212,9 +245,15 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, own: Blocks, cross: Blocks) -> Tensor:
         """(T, D), (K, D) -> (T, D); `own` blocks are those of the tokens themselves."""
-        x = x + self.drop_path(self.self_attn(self.norm1(x), own), own)
-        x = x + self.drop_path(self.cross_attn(self.query_norm(x), self.context_norm(context), cross), own)
-        return x + self.drop_path(self.mlp(self.norm2(x)), own)
+        normed = self.norm1(x)
+        with remade((normed, partial(self.norm1, x))):
+            x = x + self.drop_path(self.self_attn(normed, own), own)
+        normed, seen = self.query_norm(x), self.context_norm(context)
+        with remade((normed, partial(self.query_norm, x)), (seen, partial(self.context_norm, context))):
+            x = x + self.drop_path(self.cross_attn(normed, seen, cross), own)
+        normed = self.norm2(x)
+        with remade((normed, partial(self.norm2, x))):
+            return x + self.drop_path(self.mlp(normed), own)
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, D) -> cross-attention keys and values, which stay the same for every token that is decoded."""

@@ -192,12 +192,14 @@ def kept_activations(config: FourMConfig, compute: int) -> list[Kept]:
     dim, c, normalisers = config.dim, compute, 4 * config.heads
     hidden = int(2 * int(dim * config.mlp_ratio) / 3) if config.gated_mlp else int(dim * config.mlp_ratio)
     norm = 4 * dim + 8  # its input; mean and deviation
-    ends = 2 * c * dim  # what a projection before attention gets, and the one behind it
+    # What a projection gets from a norm is made again; mixed precision keeps a copy of it in its own type.
+    before = 0 if c == 4 else c * dim
+    ends = before + c * dim  # and the one behind it
     # QK-norm: mean and deviation; its input in float32, in a copy of its own or with values beside keys
     query_norm = config.qk_norm * (4 * dim + 2 * normalisers)
     key_norm = config.qk_norm * ((4 if c < 4 else 8) * dim + 2 * normalisers)
-    # gate, value and product, or GELU's two sides; mixed precision makes a copy of the input for each layer
-    mlp = norm + c * (dim * (2 if config.gated_mlp and c < 4 else 1) + hidden * (3 if config.gated_mlp else 2))
+    # gate and value (their product is made again), or GELU's two sides; a copy of the input for each layer
+    mlp = norm + before * (1 + config.gated_mlp) + 2 * c * hidden
     queries, keys = 2 * c * dim + normalisers, 2 * c * dim  # queries and what they get; keys and values
     return [
         Kept("encoder", "encoder tokens", norm + ends + query_norm + key_norm + mlp),
@@ -206,7 +208,7 @@ def kept_activations(config: FourMConfig, compute: int) -> list[Kept]:
         Kept("decoder", "decoder tokens", norm + ends + query_norm + key_norm + norm + ends + query_norm + mlp),
         Kept("decoder", "decoder slots", queries + keys + queries),
         Kept("decoder", "decoder mask", c),
-        Kept("decoder", "encoder tokens", 8 + c * dim + key_norm),  # normed by each block, kept once below
+        Kept("decoder", "encoder tokens", 8 + before + key_norm),  # normed by each block, kept once below
         Kept("decoder", "encoder slots", keys),
         Kept("decoder", "cross mask", c),
         Kept("ends", "encoder tokens", norm + c * dim + 4 * dim),  # last norm, projection, context
