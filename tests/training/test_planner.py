@@ -161,7 +161,7 @@ def test_activations_are_what_autograd_saves(name, masking, dtype, padded_attent
     """Unique bytes saved, within 0.5 %: what is left out are indices and masks of tokens.
 
     Not counted by the hooks: what the head hands on without saving it. QK-norm is planned for GPUs, where mixed
-    precision normalises in float32, and not on CPU: within 5 %.
+    precision normalises in float32, and not on CPU: within 6 %.
     """
     torch.manual_seed(0)
     model, batch = FourM(SHAPES[name], SPACE).train(), masked(masking)
@@ -169,7 +169,7 @@ def test_activations_are_what_autograd_saves(name, masking, dtype, padded_attent
     head = 4 * model.config.dim * load.tokens[1]
     planned = len(batch) * (activations(model.config, SPACE, load, 2 if mixed else 4) - head)
     copies = 2 * count_parameters(model, OptimConfig()).multiplied if mixed else 0
-    tolerance = 0.05 if mixed and model.config.qk_norm else 0.005
+    tolerance = 0.06 if mixed and model.config.qk_norm else 0.005
     assert planned + copies == pytest.approx(kept_bytes(model, batch, dtype), rel=tolerance)
 
 
