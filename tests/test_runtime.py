@@ -50,3 +50,9 @@ def test_run_folder_explains_itself(tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text()) == {"lr": 0.1, "names": ["x"]}
     environment = yaml.safe_load((folder / "environment.yaml").read_text())
     assert environment["torch"] == torch.__version__ and environment["threads"] == torch.get_num_threads()
+
+
+def test_fsdp_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP"):
+        runtime.accelerator()

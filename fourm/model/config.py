@@ -70,6 +70,8 @@ class FourMConfig:
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION:
             raise ValueError(f"attention is {self.attention!r}, allowed are {', '.join(ATTENTION)}")
+        if self.attention == "xformers" and not (self.decoder_separate or self.decoder_causal):
+            raise ValueError("attention: xformers has no mask for decoder_separate: false; use sdpa or flex")
         if self.size not in SIZES:
             raise ValueError(f"size is {self.size!r}, allowed are {', '.join(SIZES)}")
         for field, value in SIZES[self.size].items():

@@ -312,8 +312,9 @@ class FourM(nn.Module):
         save_file(self.unique_state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
     def config_json(self) -> str:
-        """All that rebuilds the model but its weights."""
-        card = {"model": dataclasses.asdict(self.config), "modalities": self.space.to_dict()}
+        """All that rebuilds the model but its weights; not what computes its attention."""
+        shape = {key: value for key, value in dataclasses.asdict(self.config).items() if key != "attention"}
+        card = {"model": shape, "modalities": self.space.to_dict()}
         return json.dumps(card, indent=2) + "\n"
 
     def unique_state_dict(self) -> dict[str, Tensor]:

@@ -39,6 +39,8 @@ def linear_cross_entropy(
     Returns:
         The weighted sum, and (S,) the sums themselves, without gradient. In nats.
     """
+    if not torch.is_grad_enabled():
+        hidden, table = hidden.detach(), table.detach()
     loss, sums = _LinearCrossEntropy.apply(hidden, table, ids, segments, weights)
     return loss, sums
 
@@ -50,9 +52,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        train = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(hidden) if train else None
-        grad_table = torch.empty_like(table) if train else None
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_table = torch.empty_like(table) if ctx.needs_input_grad[1] else None
         sums = hidden.new_zeros(len(segments), dtype=torch.float32)
         written: set[int] = set()
         start = 0
@@ -68,13 +69,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     truth = scores.gather(1, targets)
                     total = scores.exp_().sum(1, keepdim=True)
                     sums[number] += (total.log() - truth).sum()
-                    if grad_hidden is None or grad_table is None:
+                    if grad_hidden is None and grad_table is None:
                         continue
                     # The gradient of the scores, in their place: weighted probabilities minus the truth.
                     weight = weights[number]
                     scores.mul_(weight / total).scatter_add_(1, targets, -weight.expand_as(total))
                     slope = scores.to(dtype)
-                    grad_hidden[chunk] = slope @ head
+                    if grad_hidden is not None:
+                        grad_hidden[chunk] = slope @ head
+                    if grad_table is None:
+                        continue
                     _add_product(grad_table[rows], slope.T, states, fresh=rows.start not in written)
                     written.add(rows.start)
                 start += tokens
@@ -93,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_table = ctx.grads
         ctx.grads = None
         if grad.device.type != "cpu" or grad != 1:  # spares a pass over the table where asking costs nothing
-            grad_hidden, grad_table = grad_hidden * grad, grad_table.mul_(grad)
+            grad_hidden, grad_table = (None if g is None else g.mul_(grad) for g in (grad_hidden, grad_table))
         return grad_hidden, grad_table, None, None, None
 
 

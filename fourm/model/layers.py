@@ -172,7 +172,9 @@ class Mlp(nn.Module):
             )
             for layer in (self.fc1, self.fc3)
         )
-        return F.linear(SiluGate.apply(gate, value), F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)
+        product = SiluGate.apply(gate, value)
+        with remade((product, lambda: F.silu(gate).mul_(value))):
+            return F.linear(product, F.pad(self.fc2.weight, (0, missing)), self.fc2.bias)
 
 
 class DropPath(nn.Module):

@@ -317,6 +317,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     if file != path:
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if (cast(Tensor, model.temperature) != 1).any():
+        raise ValueError("the model is calibrated, which 4M's format cannot say; set `model.temperature` to 1 first")
     tensors, seen = state_dict(model), set()
     for name, tensor in tensors.items():
         tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor

@@ -36,7 +36,8 @@ class OptimConfig:
         min_lr: Learning rate at the end.
         clip: Largest gradient norm; 0 for none.
         lazy_tables: Rows of tables that are only looked up rest while they do not occur (`SparseAdam`), instead of
-            moving on with what they remember. Spares their dense gradients where vocabularies are large.
+            moving on with what they remember. Spares their dense gradients where vocabularies are large; for
+            one process.
     """
 
     name: Literal["adamw", "muon"] = "adamw"

@@ -408,4 +408,5 @@ def describe(
         cut = made.accumulate[name]
         fits = f"fits with accumulate {cut}" if cut else "does not fit"
         text.append(f"{name:<20}" + "".join(f"{each / GIB:13.2f}" for each in (*needed, sum(needed))) + f"  {fits}")
+    text.append("The trainer runs DDP without checkpointing so far; the other rows are on paper.")
     return "\n".join(text)

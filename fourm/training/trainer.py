@@ -146,6 +146,8 @@ class Trainer:
         self.accelerator = runtime.accelerator()
         self.device = self.accelerator.device
         config.loader_batch(self.accelerator.num_processes)
+        if config.optim.lazy_tables and (self.accelerator.num_processes > 1 or config.compile):
+            raise ValueError("optim.lazy_tables makes sparse gradients, which need one process and `compile: false`")
         self.dtype = runtime.autocast_dtype(config.precision, self.device)
         step = Step(task, self.dtype)
         if config.compile:
@@ -325,7 +327,7 @@ class Trainer:
             differing = [
                 key
                 for key in sorted(before | now)
-                if before.get(key) != now.get(key) and key.partition(".")[0] not in self.config.may_change
+                if before.get(key) != now.get(key) and not {key, key.partition(".")[0]} & self.config.may_change
             ]
             if differing:
                 was, given = (", ".join(f"{key} {each.get(key)}" for key in differing) for each in (before, now))

@@ -50,9 +50,16 @@ class Config(TrainConfig):
     calibrate: bool = False
     dry_run: bool = False
 
-    may_change = TrainConfig.may_change | set(
-        ["data", "modalities", "folder", "on_error", "val_batches", "calibrate", "dry_run"]
-    )
+    may_change = TrainConfig.may_change | {
+        "data",
+        "modalities",
+        "folder",
+        "on_error",
+        "val_batches",
+        "calibrate",
+        "dry_run",
+        "model.attention",
+    }
 
 
 def run(config: Config) -> None:
@@ -80,9 +87,9 @@ def run(config: Config) -> None:
     if joined.is_main_process:
         final = cast(FourM, trainer.final_model)
         if config.calibrate:
-            validation = Loader(val, config.batch_size, masker, config.seed).batches()
+            validation = Loader(val, size, masker, config.seed).batches()
             device = next(final.parameters()).device
-            chosen = calibrate(final, (batch.to(device) for batch in islice(validation, config.val_batches)))
+            chosen = calibrate(final, (batch.to(device) for batch in islice(validation, batches)))
             print("temperatures: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
         final.save_pretrained(folder / "model")
         print(f"{folder / 'model'}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")

@@ -209,3 +209,18 @@ def test_what_is_made_again_changes_no_gradient(model, monkeypatch):
     model.loss(rows)["loss"].backward()
     for name, gradient in lean.items():
         assert torch.equal(gradient, dict(model.named_parameters())[name].grad), name
+
+
+def test_widened_mlp_is_the_same():
+    torch.manual_seed(0)
+    mlp = layers.Mlp(16, 4.0, gated=True, bias=True)
+    assert mlp.hidden == 42  # no multiple of 8
+    x = torch.randn(5, 16, requires_grad=True)
+    mlp(x).sum().backward()
+    plain, x.grad = [x.grad, *(p.grad.clone() for p in mlp.parameters())], None
+    mlp.zero_grad()
+    wide = mlp.widened(x, 6)
+    torch.testing.assert_close(wide, mlp(x))
+    wide.sum().backward()
+    for ours, theirs in zip([x.grad, *(p.grad for p in mlp.parameters())], plain, strict=True):
+        torch.testing.assert_close(ours, theirs)

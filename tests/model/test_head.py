@@ -59,3 +59,19 @@ def test_large_scores_do_not_overflow():
     hidden, table, ids = case()
     loss, _ = linear_cross_entropy(hidden * 1e4, table, ids, SEGMENTS, WEIGHTS)
     assert torch.isfinite(loss)
+
+
+def test_evaluation_makes_no_gradients(monkeypatch):
+    monkeypatch.setattr(head, "_add_product", lambda *arguments, **options: pytest.fail("a gradient was computed"))
+    with torch.no_grad():
+        linear_cross_entropy(*case(), SEGMENTS, WEIGHTS)
+    hidden, table, ids = case()
+    loss, _ = linear_cross_entropy(hidden, table.detach(), ids, SEGMENTS, WEIGHTS)
+    loss.backward()
+    assert hidden.grad is not None
+
+
+def test_frozen_states_leave_the_table_its_gradient():
+    hidden, table, ids = case()
+    linear_cross_entropy(hidden.detach(), table, ids, SEGMENTS, WEIGHTS)[0].backward()
+    assert table.grad is not None and table.grad.any()

@@ -287,6 +287,6 @@ def test_any_preset_is_planned_from_the_command_line(capsys, tmp_path, monkeypat
     said = capsys.readouterr().out
     assert "width 2048, 24 + 24 blocks, 32 heads" in said and "64 H100 at 40% of their peak" in said
     assert "each of 64 GPUs computes 1 x 128 samples" in said
-    assert [line.split("  ")[0] for line in said.splitlines()[-4:]] == [
+    assert [line.split("  ")[0] for line in said.splitlines()[-5:-1]] == [
         "DDP", "DDP, checkpointed", "FSDP2", "FSDP2, checkpointed"]  # fmt: skip
     assert [*tmp_path.iterdir()] == [tmp_path / "table.yaml"]
