@@ -31,7 +31,9 @@ def accelerator(threads: int | None = None) -> Accelerator:
         ValueError: Another number of processes than asked for came together, or they are told to use FSDP.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        raise ValueError("accelerate is set to FSDP, which the trainer cannot run yet; launch it with DDP (--multi_gpu)")
+        raise ValueError(
+            "accelerate is set to FSDP, which the trainer cannot run yet; launch it with DDP (--multi_gpu)"
+        )
     keep_memory()
     if threads:
         torch.set_num_threads(threads)
