@@ -60,7 +60,8 @@ class GalleryConfig:
     Args:
         samples: Test samples shown.
         steps: Steps of a grid.
-        temperature: Of all draws.
+        temperature: Of the draws of grids.
+        text_temperature: Of the draws of texts.
         top_p: Of all draws.
         guidance: Weights of the guidance sweep; 1 is none.
         prompt: Raw modality that starts the chain and the guidance sweep.
@@ -72,6 +73,7 @@ class GalleryConfig:
     samples: int = 4
     steps: int = 16
     temperature: float = 1.0
+    text_temperature: float = 0.6
     top_p: float = 0.9
     guidance: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
     prompt: str = "caption"
@@ -120,9 +122,11 @@ class Gallery:
     ) -> dict[str, Sequence[Any]]:
         """Raw values of a chain of targets (raw names), one for each given row."""
         settings = self.config
+        heat = {"text": settings.text_temperature}
         wanted = [
             Target(name, "autoregressive" if self.space[name].kind == "text" else "roar", settings.steps,
-                   temperature=settings.temperature, top_p=settings.top_p, guidance=guidance)
+                   temperature=heat.get(self.space[name].kind, settings.temperature), top_p=settings.top_p,
+                   guidance=guidance)
             for name in map(self.targets.__getitem__, targets)
         ]  # fmt: skip
         hidden = list(known) if guidance != 1 else None
