@@ -148,7 +148,6 @@ def training(steps: int = 8, batch: int = 16) -> Iterator[Figure]:
     ]
     masker = Masker(space, MaskingConfig(input_tokens=128, target_tokens=128, mixture=mixture))
     stock = random_samples(space, batch)
-    batches = [masker(stock, [(epoch, index) for index in range(batch)]) for epoch in range(steps)]
     torch.manual_seed(0)
     model = FourM(FourMConfig(size="tiny"), space).train()
     optimizers = build_optimizers(model, OptimConfig(lazy_tables=True))
@@ -160,18 +159,21 @@ def training(steps: int = 8, batch: int = 16) -> Iterator[Figure]:
             optimizer.step()
             optimizer.zero_grad()
 
-    left, right = torch.randn(2, 2048, 2048)
-    for masked in batches[:2]:
-        step(masked)
+    def product() -> float:
+        left, right = torch.randn(2, 2048, 2048)
+        return min(timeit.repeat(lambda: left @ right, number=1, repeat=4))
+
     seconds, products = [], []
-    for masked in batches:
-        products.append(min(timeit.repeat(lambda: left @ right, number=1, repeat=3)))
-        seconds.append(min(timeit.repeat(partial(step, masked), number=1, repeat=1)))
+    for epoch in range(-2, steps):  # two to warm up
+        masked = masker(stock, [(epoch + 2, index) for index in range(batch)])
+        products.append(product())
+        seconds.append(timeit.timeit(partial(step, masked), number=1))
+    seconds, products = seconds[2:], products[2:]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     from torch.utils.flop_counter import FlopCounterMode  # brings triton: 80 MB that training does not need
 
     with FlopCounterMode(display=False) as counter:
-        model.loss(batches[0])["loss"].backward()
+        model.loss(masked)["loss"].backward()
     work, rate = counter.get_total_flops(), 2 * 2048**3 / float(np.median(products))
     share = work / float(np.median(seconds)) / rate
     speed = batch / np.median(seconds)
