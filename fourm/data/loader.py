@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -75,11 +74,6 @@ class Loader:
         self.seed, self.workers = seed, workers
         self.rank, self.world_size = rank, world_size
         self._order = functools.lru_cache(maxsize=2)(self._shuffle)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which every sample has been drawn (rounded up)."""
-        return math.ceil(self.samples / (self.batch_size * self.world_size))
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
