@@ -83,7 +83,7 @@ class Blocks:
         """The blocks, as few products as they take."""
         joined: list[tuple[int, int, int, int, int]] = []
         for row, queries, column, keys in zip(offsets(self.queries), self.queries, self.starts, self.keys, strict=True):
-            size, first_row, first_column, *shape = joined[-1] if joined else (0, 0, 0, 0, 0)
+            size, first_row, first_column, *shape = joined[-1] if joined else (0, 0, 0, -1, -1)
             fits = [queries, keys] == shape and column == first_column + size * keys
             if fits and (size + 1) * queries * keys <= SHARED:
                 joined[-1] = (size + 1, first_row, first_column, queries, keys)
@@ -219,43 +219,38 @@ def _sdpa(blocks: Blocks, *packed: Tensor) -> Tensor:
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Plain products that remember the probabilities; gradients are written where the packed projection wants them."""
+    """Torch's attention forward; the backward pass makes the probabilities again, by plain products.
+
+    Gradients are written where the packed projection wants them.
+    """
 
     @staticmethod
     def forward(ctx: Any, blocks: Blocks, *packed: Tensor) -> Tensor:
         query, key, value = _split(packed)
         out = torch.empty(query.shape, dtype=query.dtype)
-        scale = query.shape[2] ** -0.5
-        saved = []
         for size, rows, columns, bias in blocks.groups:
-            stretches = query[rows], key[columns], value[columns]
-            if not any(ctx.needs_input_grad):  # nothing to remember: torch's own is faster
-                q, k, v = (x.unflatten(0, (size, -1)).transpose(1, 2) for x in stretches)
-                seen = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias[:, None].to(q.dtype))
-                _put(out[rows], seen.flatten(0, 1), size)
-                continue
-            q, k, v = (_heads(x, size) for x in stretches)
-            p = _product(q, k.mT, scale)
-            if bias is not None:
-                p.unflatten(0, (size, -1)).add_(bias[:, None])
-            torch.softmax(p, -1, out=p)
-            _put(out[rows], torch.bmm(p, v), size)
-            saved.append(p)
-        ctx.save_for_backward(*packed, *saved)
-        ctx.blocks, ctx.count = blocks, len(packed)
+            q, k, v = (x.unflatten(0, (size, -1)).transpose(1, 2) for x in (query[rows], key[columns], value[columns]))
+            seen = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias[:, None].to(q.dtype))
+            _put(out[rows], seen.flatten(0, 1), size)
+        ctx.save_for_backward(*packed)
+        ctx.blocks = blocks
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        blocks, packed, saved = ctx.blocks, ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        blocks, packed = ctx.blocks, ctx.saved_tensors
         make = torch.zeros_like if sum(blocks.keys) < len(packed[-1]) else torch.empty_like
         grads = [make(x) for x in packed]
         query, key, value = _split(packed)
         grad_query, grad_key, grad_value = _split(grads)
         scale = grad.shape[2] ** -0.5
-        for (size, rows, columns, _), p in zip(blocks.groups, saved, strict=True):
+        for size, rows, columns, bias in blocks.groups:
             q, k, v, out = (_heads(x, size) for x in (query[rows], key[columns], value[columns], grad[rows]))
+            p = _product(q, k.mT, scale)
+            if bias is not None:
+                p.unflatten(0, (size, -1)).add_(bias[:, None])
+            torch.softmax(p, -1, out=p)
             _put(grad_value[columns], torch.bmm(p.mT, out), size)
             slope = torch.bmm(out, v.mT)
             torch.ops.aten._softmax_backward_data.out(slope, p, -1, p.dtype, grad_input=slope)

@@ -115,14 +115,17 @@ class Embeddings(nn.Module):
         table = self.position_table() if table is None else table
         return (F.embedding(pos, table) + F.embedding(self.modality_row[mod], self.modality)) * (mod >= 0).unsqueeze(-1)
 
-    def look_up(self, ids: Tensor, mod: Tensor) -> Tensor:
-        """Rows of the space's token table (...) and their modality numbers -> (..., D); anything if -1 or empty."""
+    def look_up(self, ids: Tensor, mod: Tensor, table: Tensor | None = None) -> Tensor:
+        """Rows of the space's token table (...) and their modality numbers -> (..., D); anything if -1 or empty.
+
+        `table` is the token table, or a view of it.
+        """
         if not self.vocabularies:
             return self.modality.new_zeros(*ids.shape, self.modality.shape[1])
         ids = ids if self.shift is None else ids - self.shift[mod]
         # A head that shares the table makes a dense gradient; ours is a few rows to add to it.
         sparse = self.tokens.sparse or (self.shares_head and not torch.compiler.is_compiling())
-        return F.embedding(ids.clamp(min=0), self.tokens.weight, sparse=sparse)
+        return F.embedding(ids.clamp(min=0), self.tokens.weight if table is None else table, sparse=sparse)
 
     def content(self, ids: Tensor, mod: Tensor, rows: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> Tensor:
         """What the tokens say: (B, N) ids, and (K, width) rows for (K,) slots of B * N -> (B, N, D), 0 if empty."""

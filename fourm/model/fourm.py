@@ -37,7 +37,7 @@ from fourm.model import official
 from fourm.model.attention import Blocks, offsets
 from fourm.model.config import FourMConfig
 from fourm.model.embeddings import Embeddings
-from fourm.model.head import Segment, linear_cross_entropy
+from fourm.model.head import Segment, linear_cross_entropy, two_uses
 from fourm.model.layers import DecoderBlock, DecoderState, EncoderBlock, LayerNorm
 
 
@@ -179,13 +179,13 @@ class FourM(nn.Module):
             x = block(x, blocks)
         return self.encoder_norm(x), place, slots, lengths, before
 
-    def decode(self, batch: MaskedBatch, context: Context) -> Tensor:
-        """Runs the decoder over the asked tokens: (B, M, D), zeros where a slot is empty."""
+    def decode(self, batch: MaskedBatch, context: Context, table: Tensor | None = None) -> Tensor:
+        """Runs the decoder over the asked tokens: (B, M, D), zeros where a slot is empty; `table` as in `look_up`."""
         side, (rows, width) = self.decoder_embeddings, batch.target_mod.shape
         used = (batch.target_mod >= 0) | (not self.packed)
         slots = used.flatten().nonzero()[:, 0]
         fed, pos, mod = (column.flatten()[slots] for column in (batch.target_in, batch.target_pos, batch.target_mod))
-        tokens = side.look_up(fed, mod)
+        tokens = side.look_up(fed, mod, table)
         x = torch.where((fed < 0)[:, None], self.mask_token.to(tokens.dtype), tokens)
         x = x * (mod >= 0)[:, None] + side.place(pos, mod)
         lengths, backend = used.sum(1).tolist(), self.config.attention
@@ -239,7 +239,9 @@ class FourM(nn.Module):
         if kind not in ("mod", "token"):
             raise ValueError(f"loss is {kind!r}, allowed are 'mod' and 'token'")
         counts = self.counts(batch) if counts is None else counts
-        names, sizes, states, ids, _ = self.sorted_targets(batch, self(batch))
+        table, head = two_uses(self._head()) if self.to_logits is None else (None, self.to_logits.weight)
+        hidden = self.decode(batch, self.encode(batch), table)
+        names, sizes, states, ids, _ = self.sorted_targets(batch, hidden)
         if not names:
             return {"loss": 0.0 * self.mask_token.sum()}  # keeps the graph where nothing is asked
         denominators = counts[[self.space.number[name] for name in names]]
@@ -248,7 +250,7 @@ class FourM(nn.Module):
         else:
             weights = (1 / counts.sum().clamp(min=1)).expand(len(names))
         segments = [Segment(*part) for part in zip(sizes, map(self.decoder_embeddings.vocabulary, names), strict=True)]
-        loss, sums = linear_cross_entropy(states, self._head(), ids, segments, weights)
+        loss, sums = linear_cross_entropy(states, head, ids, segments, weights)
         means = (sums / denominators).unbind()
         return {"loss": loss} | {f"loss/{name}": mean for name, mean in zip(names, means, strict=True)}
 

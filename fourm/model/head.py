@@ -77,17 +77,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     slope = scores.to(dtype)
                     if grad_hidden is not None:
                         grad_hidden[chunk] = slope @ head
-                    if grad_table is None:
-                        continue
-                    _add_product(grad_table[rows], slope.T, states, fresh=rows.start not in written)
-                    written.add(rows.start)
+                    if grad_table is not None:
+                        _add_product(grad_table[rows], slope.T, states, fresh=rows.start not in written)
+                        written.add(rows.start)
+                    del scores, slope  # before the next chunk's are made
                 start += tokens
         if grad_table is not None:
             _zero_others(grad_table, [rows for _, rows in segments if rows.start in written])
-        ctx.grads = (
-            grad_hidden,
-            grad_table,
-        )  # not saved tensors: autograd adds to the table's in place if it has no other owner
+        ctx.grads = grad_hidden, grad_table  # not saved tensors: nobody else owns them, so they may be added to
         ctx.mark_non_differentiable(sums)
         return (sums * weights).sum(), sums
 
@@ -99,6 +96,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad.device.type != "cpu" or grad != 1:  # spares a pass over the table where asking costs nothing
             grad_hidden, grad_table = (None if g is None else g.mul_(grad) for g in (grad_hidden, grad_table))
         return grad_hidden, grad_table, None, None, None
+
+
+class _TwoUses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return table.view_as(table), table.view_as(table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, rows: Tensor | None, whole: Tensor | None) -> Tensor | None:
+        if rows is None or whole is None:
+            return rows if whole is None else whole
+        return whole.add_(rows)
+
+
+def two_uses(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The table to look rows up in, and the same table as a head.
+
+    The sparse gradient of the first is added to the dense one of the second in its place; autograd itself would make a
+    third of their size.
+    """
+    return (table, table) if torch.compiler.is_compiling() else _TwoUses.apply(table)
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, fresh: bool) -> None:

