@@ -19,8 +19,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 VERBS = {
     "run": "run a list of commands as one; only what is not done yet",
     "data": "build the built-in data set",
+    "data inspect": "say what a folder of data holds and what is wrong with it",
     "text-tokenizer": "fit the text tokenizers of captions and structured modalities",
     "tokenizer": "train an image tokenizer and measure it",
+    "label": "let teachers write new modalities beside pictures",
     "tokenize": "turn raw shards into token shards",
     "train": "train an any-to-any model on token shards",
     "plan": "say what a training run takes: tokens, memory, days",
@@ -37,18 +39,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         verbs = "\n".join(f"  {verb:<16}{text}" for verb, text in VERBS.items())
         print(f"usage: fourm VERB [--config FILE] [--key value ...]\n\n{verbs}\n\nfourm VERB --help lists its keys.")
         return
-    verb, *options = words
+    verb, options = split(words)
     if verb not in VERBS:
         _refuse(f"fourm: there is no verb {verb!r}{_nearest(verb, VERBS)}; allowed are {', '.join(VERBS)}")
-    module = importlib.import_module(f"fourm.verbs.{verb.replace('-', '_')}")
+    module = importlib.import_module(f"fourm.verbs.{re.sub('[- ]', '_', verb)}")
     module.run(read(module.Config, options, verb))
 
 
+def split(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb, of two words where there is such a one, and its options."""
+    count = 2 if " ".join(words[:2]) in VERBS else 1
+    return " ".join(words[:count]), list(words[count:])
+
+
 def read(config: Any, options: Sequence[str], verb: str = "") -> Any:
-    """A verb's `Config` from `--config` files and `--key value` options, the later ones winning."""
+    """A verb's `Config` from `--config` files and `--key value` options, the later ones winning.
+
+    What a config with `positional` needs is given without its key.
+    """
     parser = ArgumentParser(prog=f"fourm {verb}", description=VERBS.get(verb), exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
-    parser.add_class_arguments(config, as_group=False)
+    parser.add_class_arguments(config, as_group=False, as_positional=getattr(config, "positional", False))
     try:
         values = parser.instantiate(parser.parse_args(list(options)))
         values.pop("config")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from fourm.cli import VERBS, read
+from fourm.cli import VERBS, read, split
 from fourm.masking.budgets import Mixture
 from fourm.masking.masking import Masker
 from fourm.modalities import TokenSpace
@@ -21,6 +21,7 @@ from fourm.model.official import our_config
 from fourm.tokenization.autoencoder import ImageTokenizer
 from fourm.tokenization.encode import source_of
 from fourm.tokenization.official import official_tensors, tokenizer_config
+from fourm.tokenization.task import start_from
 from fourm.training.optim import learning_rate, parameter_groups
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +49,19 @@ TOKENIZERS = {
     "imagebind-global": (116_091_136, "vqvae/ImageBind-H14-global/BMLP1024-BMLP1024_8k_224"),
     "human-poses": (106_683_599, "vqvae/human_poses/BMLP1024-BMLP1024_1k_224"),
     "sam-instance": (181_550_468, "vqvae/sam_instance/ViTB-ViTB_1k_224_64"),
+    "rgb-448": (287_346_000, "divae/rgb/ViTB-UNetP4_16k_224-448_predx0"),
+    "depth-448": (286_805_296, "divae/depth/ViTB-UNetP4_8k_224-448_predx0"),
+    "normal-448": (287_346_000, "divae/normal/ViTB-UNetP4_8k_224-448_predx0"),
+    "edge-448": (286_805_296, "divae/canny_edge/ViTB-UNetP4_8k_224-448_predx0"),
+    "semseg-448": (219_783_072, "vqvae/semseg_coco/ViTB-ViTB_4k_224-448"),
+    "clip-448": (181_598_752, "vqvae/CLIP-B16/ViTB-ViTB_8k_224-448"),
+    "dinov2-448": (182_360_864, "vqvae/DINOv2-B14/ViTB-ViTB_8k_224-448"),
+    "rgb-vqvae": (181_089_056, "vqvae/rgb/ViTB-ViTB_1k_224_CLIPB16-5.0"),
+    "rgb-vqvae-448": (181_992_224, "vqvae/rgb/ViTB-ViTB_1k_224-448_CLIPB16-5.0"),
+    "rgb-uvit": (218_533_155, "divae/rgb/ViTB-UViTB_1k_224_predv_frozenenc"),
+    "rgb-uvit-448": (218_533_155, "divae/rgb/ViTB-UViTB_1k_224-448_predv_frozenenc"),
 }
+CONTROLNETS = ("rgb-controlnet", "rgb-controlnet-448")  # 4M counts the parameters of Stable Diffusion too
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +80,7 @@ def of_verb(verb: str) -> list[Path]:
 
 
 def config_class(verb: str):
-    return importlib.import_module(f"fourm.verbs.{verb.replace('-', '_')}").Config
+    return importlib.import_module(f"fourm.verbs.{re.sub('[- ]', '_', verb)}").Config
 
 
 def load(path: Path):
@@ -194,8 +207,27 @@ def test_recipe_of_a_tokenizer_of_4m_has_its_parameters(name, capsys, tmp_path):
 
 def test_every_tokenizer_recipe_of_4m_is_compared():
     assert {path.parent.name for path in RECIPES if path.parent.name.startswith("4m-")} == {
-        f"4m-{name}" for name in TOKENIZERS
+        f"4m-{name}" for name in (*TOKENIZERS, *CONTROLNETS)
     }
+
+
+@pytest.mark.parametrize("name", [name for name in (*TOKENIZERS, *CONTROLNETS) if name.endswith("-448")])
+def test_a_second_stage_starts_from_the_first(name):
+    first, config = (load(Path(f"tokenizers/4m-{each}/recipe.yaml")) for each in (name.removesuffix("-448"), name))
+    assert config.init == first.folder and config.freeze == first.freeze
+    assert (config.sizes.high,) * 2 == config.tokenizer.input.size
+    assert (config.sizes.low,) * 2 == first.tokenizer.input.size
+    with torch.device("meta"):
+        start_from(*(ImageTokenizer(each.tokenizer) for each in (config, first)))
+
+
+@pytest.mark.parametrize("name", ["rgb-uvit", *CONTROLNETS[:1]])
+def test_a_decoder_on_a_frozen_encoder_fits_it(name):
+    config = load(Path(f"tokenizers/4m-{name}/recipe.yaml"))
+    other = load(Path(f"tokenizers/4m-{config.init.rpartition('/')[2]}/recipe.yaml"))
+    assert config.init == other.folder and config.freeze == "encoder"
+    with torch.device("meta"):
+        assert not start_from(ImageTokenizer(config.tokenizer), ImageTokenizer(other.tokenizer))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -217,7 +249,7 @@ def test_recipe_of_a_tokenizer_of_4m_is_its_training_config(name):
         quantizer = dataclasses.replace(quantizer, dead_code=8 * quantizer.dead_code, sync=True)
     assert ours.quantizer == quantizer
     source = expected.input if name != "human-poses" else dataclasses.replace(expected.input, mean=(0.5,), std=(0.5,))
-    assert (ours.input, ours.denoiser) == (source, expected.denoiser)
+    assert (dataclasses.replace(ours.input, encoder="", encoder_size=224), ours.denoiser) == (source, expected.denoiser)
     noise = (
         "num_train_timesteps",
         "beta_schedule",
@@ -272,7 +304,7 @@ def test_pipeline_steps_are_commands_that_parse(path):
     assert len({step.name for step in pipeline.steps}) == len(pipeline.steps)
     for step in pipeline.steps:
         for command in step.run:
-            verb, *options = shlex.split(command.format(folder=pipeline.folder))
+            verb, options = split(shlex.split(command.format(folder=pipeline.folder)))
             assert verb in VERBS, f"{step.name}: {command}"
             for option, value in itertools.pairwise(options):
                 assert option not in ("--config", "--modalities") or Path(value).is_file(), f"{step.name}: {command}"

@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from fourm import cli, logbook, pipeline
-from fourm.data.shards import ShardDataset, TokenDataset, write_shards
+from fourm.data.shards import ShardDataset, write_shards
+from fourm.data.tokens import TokenDataset
 from fourm.modalities import TokenSpace
 from fourm.model.fourm import FourM
 from fourm.tokenization import load_tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fourm.cli import VERBS, read
+from fourm.cli import VERBS, read, split
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,7 +56,7 @@ def section(word: str) -> str:
 
 
 def test_readme_shows_commands_of_every_verb():
-    shown = {shlex.split(command)[0] for command in COMMANDS if command}
+    shown = {split(shlex.split(command))[0] for command in COMMANDS if command}
     assert shown >= set(VERBS) - {"run"}, f"not shown: {', '.join(set(VERBS) - {'run'} - shown)}"
 
 
@@ -64,17 +64,17 @@ def test_readme_shows_commands_of_every_verb():
 def test_command_parses(command, monkeypatch, capsys):
     assert COMMANDS, command
     monkeypatch.chdir(ROOT)
-    verb, *options = shlex.split(command) or ["--help"]
+    verb, options = split(shlex.split(command) or ["--help"])
     if verb in ("-h", "--help"):
         return
     assert verb in VERBS
-    config = importlib.import_module(f"fourm.verbs.{verb.replace('-', '_')}").Config
+    config = importlib.import_module(f"fourm.verbs.{re.sub('[- ]', '_', verb)}").Config
     try:
         config = read(config, options, verb)
     except SystemExit as stop:
         assert stop.code == 0, capsys.readouterr().err  # --help and --print_config end well
         return
-    assert Path(getattr(config, "modalities", ROOT)).exists(), f"{config.modalities} is not there"
+    assert Path(getattr(config, "modalities", None) or ROOT).exists(), f"{config.modalities} is not there"
 
 
 def test_make_targets_exist():

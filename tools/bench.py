@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import tempfile
 import time
 import timeit
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 from torch import Tensor
 
 from fourm import runtime
+from fourm.data.loader import Loader
+from fourm.data.shards import write_shards
+from fourm.data.tokens import TokenDataset
 from fourm.generation.plan import Plan, Step, Target, chain
 from fourm.generation.sampler import Given, Sampler
 from fourm.generation.sampling import sample
@@ -31,6 +36,11 @@ from fourm.masking.masking import Masker
 from fourm.modalities import Modality, TokenSpace
 from fourm.model.fourm import FourM, FourMConfig
 from fourm.model.layers import CrossAttention, SelfAttention
+from fourm.tokenization.autoencoder import ImageTokenizer, TokenizerConfig
+from fourm.tokenization.backbones import BackboneConfig
+from fourm.tokenization.encode import CropConfig, TokenizeConfig
+from fourm.tokenization.encode import tokenize as run_tokenize
+from fourm.tokenization.inputs import InputConfig
 from fourm.training.optim import OptimConfig, build_optimizers, clip_gradients
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +192,84 @@ def training(steps: int = 8, batch: int = 16) -> Iterator[Figure]:
     yield Figure("peak memory", peak, 3.0, at_most=True, unit="GB")
 
 
+def four_m_21_masker(space: TokenSpace) -> Masker:
+    """Masks as the recipe of 4M-21 does, 256/256 tokens."""
+    recipe = yaml.safe_load((ROOT / "configs/train/4m-21_b.yaml").read_text())["masking"]
+    mixture = [Component(**component) for component in recipe.pop("mixture")]
+    return Masker(space, MaskingConfig(**recipe, mixture=mixture))
+
+
+def four_m_21_samples(space: TokenSpace, count: int) -> list[dict[str, np.ndarray]]:
+    """Random samples: captions of 8-30 words, 0-12 boxes, people in a third of the images, 7 points of SAM."""
+    generator, stock = np.random.default_rng(0), random_samples(space, count)
+    for raw in stock:
+        people = generator.integers(40, 275) if generator.random() < 1 / 3 else 1
+        words, boxes = generator.integers(10, 40), generator.integers(13)
+        lengths = {"caption": words, "t5_caption": words, "det": 1 + 5 * boxes, "human_poses": people}
+        raw |= {name: raw[name][:length] for name, length in lengths.items()}
+    return stock
+
+
+def loader(samples: int = 512, batch: int = 64, rounds: int = 3) -> Iterator[Figure]:
+    """Samples read, masked and batched per CPU second of one process: all modalities of 4M-21 at 256/256 tokens."""
+    torch.set_num_threads(1)
+    space = TokenSpace.from_yaml(ROOT / "configs/modalities/4m-21.yaml")
+    stock = four_m_21_samples(space, samples)
+    with tempfile.TemporaryDirectory() as root:
+        extensions = {name: "npy" for name, row in space.modalities.items() if row.kind != "patches"}
+        named = ({"__key__": f"{number:05d}", **sample} for number, sample in enumerate(stock))
+        write_shards(root, "train", named, samples // 4, extensions=extensions)
+        start = time.process_time()
+        dataset = TokenDataset(Path(root) / "train", space)
+        packed = samples / (time.process_time() - start)
+        batches, rates = Loader(dataset, batch, four_m_21_masker(space), seed=0).batches(), []
+        for _ in range(rounds):
+            start = time.process_time()
+            for _ in range(samples // batch):
+                next(batches)
+            rates.append(samples / (time.process_time() - start))
+    print(f"packed once at {packed:,.0f} samples/s; then {', '.join(f'{rate:,.0f}' for rate in rates)} samples/s")
+    yield Figure("4M-21, 256/256 tokens, packed shards, one core", max(rates), 1000, unit="samples/s")
+
+
+def tokenize(samples: int = 48, batch: int = 16, rounds: int = 2) -> Iterator[Figure]:
+    """Samples per CPU second of `fourm tokenize` on JPEGs, as a share of its encoder's: 4M's ViT-B, 224 x 224, fp32.
+
+    Nothing that is done beside the encoder is taken for free, though it may have a core of its own: reading, decoding,
+    cropping and writing all count, but not the start, which is what a run takes that finds all shards there.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    backbone = BackboneConfig(16, 768, 12, 4.0, "vit", 12, "mlp", positions="sincos")
+    tokenizer = ImageTokenizer(TokenizerConfig(InputConfig(size=(224, 224)), backbone=backbone)).eval()
+    row = Modality("grid", vocab_size=tokenizer.vocab_size, grid=tokenizer.grid, source="rgb")
+    pixels = np.random.default_rng(0).integers(0, 256, (samples, 16, 16, 3), dtype=np.uint8)
+    photos = [np.asarray(Image.fromarray(image).resize((320, 256), Image.Resampling.BICUBIC)) for image in pixels]
+    x = torch.randn(batch, 3, 224, 224)
+
+    @torch.no_grad()
+    def encode() -> None:
+        for _ in range(samples // batch):
+            tokenizer.quantizer(tokenizer.latents(x))
+
+    encode()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        named = ({"__key__": f"{number:05d}", "rgb": photo} for number, photo in enumerate(photos))
+        write_shards(root / "raw", "train", named, samples // 2, extensions={"rgb": "jpg"})
+        tokenizer.save_pretrained(root / "tokenizers/rgb")
+        (root / "table.yaml").write_text(yaml.safe_dump(TokenSpace({"tok_rgb": row}).to_dict()))
+        outputs = iter([*range(rounds), *range(rounds)])
+
+        def run() -> None:
+            paths = [root / "raw", root / f"tokens{next(outputs)}", root / "table.yaml", root / "tokenizers"]
+            run_tokenize(TokenizeConfig(*map(str, paths), ("train",), CropConfig(1, "rgb"), batch_size=batch))
+
+        ours, least = compare(f"4M's ViT-B at 224 px, {samples} JPEGs", run, encode, rounds)
+        start, _ = compare("the start of it", run, lambda: None, rounds)
+    yield Figure("4M's ViT-B at 224 px, from JPEGs", 100 * least / (ours - start), 90, unit="% of rate")
+
+
 def packing(batch: int = 8, steps: int = 3, rounds: int = 2) -> None:
     """Filled slots per second of forward and backward passes of the 4M-21 recipe, with empty slots computed and not.
 
@@ -194,15 +282,7 @@ def packing(batch: int = 8, steps: int = 3, rounds: int = 2) -> None:
     space = TokenSpace.from_dict(
         {name: row | ({"vocab_size": 1024} if "vocab_size" in row else {}) for name, row in table.items()}
     )
-    recipe = yaml.safe_load((ROOT / "configs/train/4m-21_b.yaml").read_text())["masking"]
-    mixture = [Component(**component) for component in recipe.pop("mixture")]
-    masker, generator = Masker(space, MaskingConfig(**recipe, mixture=mixture)), np.random.default_rng(0)
-    stock = random_samples(space, batch * steps)
-    for raw in stock:  # captions of 8-30 words, 0-12 boxes, people in a third of the images, 7 points of SAM
-        people = generator.integers(40, 275) if generator.random() < 1 / 3 else 1
-        words, boxes = generator.integers(10, 40), generator.integers(13)
-        lengths = {"caption": words, "t5_caption": words, "det": 1 + 5 * boxes, "human_poses": people}
-        raw |= {name: raw[name][:length] for name, length in lengths.items()}
+    masker, stock = four_m_21_masker(space), four_m_21_samples(space, batch * steps)
     batches = [
         masker(stock[first : first + batch], [(0, first + i) for i in range(batch)])
         for first in range(0, len(stock), batch)
@@ -330,6 +410,8 @@ def compare(label: str, run: Callable[[], object], floor: Callable[[], object], 
 
 BENCHMARKS: dict[str, Callable[[], Iterator[Figure]]] = {
     "masking": masking,
+    "loader": loader,
+    "tokenize": tokenize,
     "training": training,
     "packing": packing,
     "generation": generation,

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from fourm.data.pixels import canny, luma, palette
 from fourm.data.shards import shard_name, write_shards
 
 SPLITS = ("train", "val", "test")
@@ -317,46 +318,6 @@ def normals(elevation: np.ndarray, metres_per_pixel: float) -> np.ndarray:
     return normal / np.linalg.norm(normal, axis=-1, keepdims=True)
 
 
-def canny(luma: np.ndarray, low: float = 24, high: float = 72) -> np.ndarray:
-    """Edges (H, W) bool of a picture (H, W), after Canny (1986): blur, gradient, thin, and follow from strong to weak.
-
-    Args:
-        luma: Grey values 0..255.
-        low: Gradient (Sobel) above which a pixel continues an edge.
-        high: Gradient above which a pixel starts one.
-    """
-    from scipy.ndimage import binary_propagation
-
-    padded = np.pad(luma.astype(np.float32), 3, mode="edge")
-    for axis in (0, 1):
-        shifted = [np.roll(padded, shift, axis) for shift in (-2, -1, 0, 1, 2)]
-        padded = sum(w * part for w, part in zip((1, 4, 6, 4, 1), shifted, strict=True)) / np.float32(16)
-    blurred = padded[2:-2, 2:-2]
-    rows = blurred[:-2] + 2 * blurred[1:-1] + blurred[2:]
-    columns = blurred[:, :-2] + 2 * blurred[:, 1:-1] + blurred[:, 2:]
-    dx, dy = rows[:, 2:] - rows[:, :-2], columns[2:] - columns[:-2]
-    strength = np.pad(np.hypot(dx, dy), 1)
-    height, width = luma.shape
-    sector = np.rint(np.arctan2(dy, dx) / (np.pi / 4)).astype(np.int64) % 4
-    thin = np.zeros(luma.shape, bool)
-    centre = strength[1:-1, 1:-1]
-    for number, (down, right) in enumerate([(0, 1), (1, 1), (1, 0), (1, -1)]):
-        ahead = strength[1 + down : 1 + down + height, 1 + right : 1 + right + width]
-        behind = strength[1 - down : 1 - down + height, 1 - right : 1 - right + width]
-        thin |= (sector == number) & (centre > ahead) & (centre >= behind)
-    return binary_propagation(thin & (centre > high), np.ones((3, 3)), thin & (centre > low))
-
-
-def palette(rgb: np.ndarray) -> list[list[int]]:
-    """One to seven colours [r, g, b] of a picture (H, W, 3), the most frequent first; rare ones are left out."""
-    fewer = np.ascontiguousarray(rgb[::2, ::2])  # a quarter of the pixels: four times faster, equally good colours
-    quantized = Image.fromarray(fewer).quantize(7, Image.Quantize.MEDIANCUT, kmeans=1)
-    colours = np.reshape(quantized.getpalette() or [], (-1, 3))
-    shares = sorted((-count, int(np.asarray(i))) for count, i in quantized.getcolors() or [])
-    limit = 0.02 * fewer.shape[0] * fewer.shape[1]
-    return [colours[i].tolist() for count, i in shares if -count >= limit]
-
-
 def _terrain(heights: np.ndarray) -> str:
     low, high = np.percentile(heights, [5, 95])
     if heights.mean() > 1500 and high - low < 1000:
@@ -452,7 +413,7 @@ def cut_tile(sources: Sources, lat: float, lon: float, width: float, size: int, 
     elevation = np.rint(sources.elevation.bilinear(*points, step)).astype(np.int16)
     water = (sources.water.bilinear(*points, step) >= 128).astype(np.uint8)
     turbidity = sources.turbidity.bilinear(*points, step)
-    luma = rgb @ np.array([0.299, 0.587, 0.114], np.float32)
+    grey = luma(rgb)
     tile: dict[str, Any] = {
         "rgb": rgb,
         "relief": relief,
@@ -461,7 +422,7 @@ def cut_tile(sources: Sources, lat: float, lon: float, width: float, size: int, 
         "climate": sources.climate.nearest(*points),
         "water": water,
         "turbidity": turbidity,
-        "edges": canny(luma).astype(np.uint8) * 255,
+        "edges": canny(grey).astype(np.uint8) * 255,
         "palette": palette(rgb),
     }
     centre = _unit_vectors(np.array(lat), np.array(lon))
@@ -477,11 +438,11 @@ def cut_tile(sources: Sources, lat: float, lon: float, width: float, size: int, 
     ]
     tile["caption"] = caption(tile, names, region, rng)
     heights = elevation[water == 0]
-    shares = np.bincount(luma.astype(np.int64).ravel(), minlength=256) / luma.size
+    shares = np.bincount(grey.astype(np.int64).ravel(), minlength=256) / grey.size
     low, high = rgb.min(-1).astype(np.float32), rgb.max(-1).astype(np.float32)
     numbers = (
         lat, lon, width, 1 - water.mean(), heights.mean(), elevation.max(), heights.std(), turbidity.mean(),
-        len(inside), luma.mean(), luma.std(), 255 * ((high - low) / np.maximum(high, 1)).mean(),
+        len(inside), grey.mean(), grey.std(), 255 * ((high - low) / np.maximum(high, 1)).mean(),
         -(shares * np.log2(np.maximum(shares, 1e-12))).sum(),
     )  # fmt: skip
     fields = MODALITIES["metadata"]["fields"]

@@ -4,8 +4,8 @@
     root/<split>/<modality>/<any folders>/<key>.<ext>     (plain folders; the key is then the path below <modality>)
 
 Raw data and token data share this layout. `write_shards` writes it, `ShardDataset` reads raw values sample by sample,
-`TokenDataset` holds the tokens of a whole split in memory for training. Names of tar members are only ever compared,
-never used as paths, and nothing is unpickled.
+`TokenDataset` (tokens.py) packs tokens for training. Names of tar members are only ever compared, never used as paths,
+and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import json
 import logging
 import math
 import tarfile
-from array import array
+import wave
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from fourm.modalities import Modality, TokenSpace
+from fourm.modalities import Modality
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +41,30 @@ def _encode_image(value: Any, image_format: str) -> bytes:
     if value.dtype not in (np.uint8, np.uint16) or not (value.ndim == 2 or (value.ndim == 3 and value.shape[2] == 3)):
         raise ValueError(f"an image is uint8 or uint16 (H, W) or uint8 (H, W, 3), got {value.dtype} {value.shape}")
     buffer = io.BytesIO()
-    Image.fromarray(value).save(buffer, image_format, quality=95, lossless=True)  # formats ignore foreign options
+    options: dict[str, Any] = {} if image_format == "TIFF" else {"quality": 95, "lossless": True}
+    try:
+        Image.fromarray(value).save(buffer, image_format, **options)  # other formats ignore foreign options
+    except OSError as error:
+        raise ValueError(f"{image_format} cannot hold {value.dtype} {value.shape}: {error}") from error
     return buffer.getvalue()
 
 
 def _decode_image(data: bytes) -> np.ndarray:
+    """Upright as its EXIF says; 16 bits and floats stay, everything else becomes uint8 (H, W) or (H, W, 3)."""
     with Image.open(io.BytesIO(data)) as image:
-        if image.mode not in ("L", "RGB", "I;16"):
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode[0] in "IF":
+            array = np.array(image)
+            return array if image.mode == "F" else _as_uint16(array)
+        if image.mode not in ("L", "RGB"):
             image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
         return np.array(image)
+
+
+def _as_uint16(array: np.ndarray) -> np.ndarray:
+    if array.size and (array.min() < 0 or array.max() > 65535):
+        raise ValueError(f"integers in [{array.min()}, {array.max()}], expected at most 16 bits")
+    return array.astype(np.uint16)
 
 
 def _encode_npy(value: Any) -> bytes:
@@ -75,24 +90,61 @@ def _decode_npy(data: bytes) -> np.ndarray:
         dtype, shape, plain = _npy_header(data[8:end])
         if plain:
             return np.frombuffer(data, dtype, math.prod(shape), end).reshape(shape).copy()
-    return np.load(io.BytesIO(data), allow_pickle=False)
+    if data[:6] != b"\x93NUMPY":
+        raise ValueError("the bytes are those of no .npy file")
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except ValueError as error:
+        if "pickle" not in str(error):
+            raise
+        advice = "write them once more as .json, or as .npz with plain arrays"
+        raise ValueError(f"Object arrays are pickled, and nothing is unpickled here; {advice}") from error
+
+
+def _encode_npz(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **value)
+    return buffer.getvalue()
+
+
+def _decode_npz(data: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _decode_wav(data: bytes) -> np.ndarray:
+    with wave.open(io.BytesIO(data)) as sound:
+        if sound.getsampwidth() != 2:
+            raise ValueError(f"samples of {8 * sound.getsampwidth()} bits, expected 16")
+        channels = np.frombuffer(sound.readframes(sound.getnframes()), "<i2").reshape(-1, sound.getnchannels())
+    return channels.mean(1).round().astype(np.int16)
+
+
+def _encode_wav(value: Any) -> bytes:
+    raise ValueError("the sampling rate is not known; write sound as .npy")
 
 
 @dataclass(frozen=True)
 class Codec:
     """How values of one file extension become bytes and come back."""
 
-    kind: Literal["image", "array", "object", "text"]
+    kind: Literal["image", "array", "arrays", "object", "text"]
     encode: Callable[[Any], bytes]
     decode: Callable[[bytes], Any]
 
 
+IMAGES = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "ppm": "PPM", "pgm": "PPM", "bmp": "BMP",
+          "tif": "TIFF", "tiff": "TIFF", "jpx": "JPEG2000"}  # fmt: skip
+
+# Those of 4M (its data/modality_transforms.py), without anything pickled.
 EXTENSIONS: dict[str, Codec] = {
-    "png": Codec("image", lambda value: _encode_image(value, "PNG"), _decode_image),
-    "jpg": Codec("image", lambda value: _encode_image(value, "JPEG"), _decode_image),
-    "jpeg": Codec("image", lambda value: _encode_image(value, "JPEG"), _decode_image),
-    "webp": Codec("image", lambda value: _encode_image(value, "WEBP"), _decode_image),
+    **{
+        extension: Codec("image", functools.partial(_encode_image, image_format=name), _decode_image)
+        for extension, name in IMAGES.items()
+    },
     "npy": Codec("array", _encode_npy, _decode_npy),
+    "wav": Codec("array", _encode_wav, _decode_wav),  # mono int16 (samples,), the mean of the channels
+    "npz": Codec("arrays", _encode_npz, _decode_npz),
     "json": Codec("object", _encode_json, json.loads),
     "json.gz": Codec(
         "object",
@@ -103,11 +155,20 @@ EXTENSIONS: dict[str, Codec] = {
 }
 
 
+class Encoded(NamedTuple):
+    """A value that is written as the bytes it is."""
+
+    extension: str
+    data: bytes
+
+
 def extension_of(value: Any) -> str:
     """The extension a raw value is written with unless told otherwise.
 
     2-D and (H, W, 3) arrays of uint8 or uint16 are `png`, other arrays `npy`, strings `txt`, anything else `json`.
     """
+    if isinstance(value, Encoded):
+        return value.extension
     if isinstance(value, str):
         return "txt"
     if not isinstance(value, np.ndarray):
@@ -160,6 +221,22 @@ def write_shards(
     return names
 
 
+def add_value(tar: tarfile.TarFile, key: str, value: Any, extension: str | None = None) -> None:
+    """Adds a value to an open tar, by default with the extension that `extension_of` says.
+
+    Raises:
+        ValueError: The extension cannot hold the value.
+    """
+    extension = extension or extension_of(value)
+    try:
+        data = value.data if isinstance(value, Encoded) else EXTENSIONS[extension].encode(value)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"cannot write .{extension}: {error}") from error
+    entry = tarfile.TarInfo(f"{key}.{extension}")
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
 def _write_shard(folder: Path, name: str, samples: list[Mapping[str, Any]], extensions: Mapping[str, str]) -> None:
     modalities = [modality for modality in samples[0] if modality != "__key__"]
     keys = set()
@@ -179,14 +256,10 @@ def _write_shard(folder: Path, name: str, samples: list[Mapping[str, Any]], exte
         aside = path.with_name(name + ".tmp")
         with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as tar:
             for sample in samples:
-                extension = extensions.get(modality) or extension_of(sample[modality])
                 try:
-                    data = EXTENSIONS[extension].encode(sample[modality])
-                except (ValueError, TypeError, KeyError) as error:
-                    raise ValueError(f"{path}, {sample['__key__']!r}: cannot write .{extension}: {error}") from error
-                entry = tarfile.TarInfo(f"{sample['__key__']}.{extension}")
-                entry.size = len(data)
-                tar.addfile(entry, io.BytesIO(data))
+                    add_value(tar, sample["__key__"], sample[modality], extensions.get(modality))
+                except ValueError as error:
+                    raise ValueError(f"{path}, {sample['__key__']!r}: {error}") from error
         finished.append((aside, path))
     for aside, path in finished:
         aside.replace(path)
@@ -200,6 +273,7 @@ class Faults:
 
     Attributes:
         skipped: How often each reason was met.
+        first: The first message.
     """
 
     def __init__(self, on_error: str):
@@ -207,12 +281,14 @@ class Faults:
             raise ValueError(f"on_error is {on_error!r}, allowed are 'raise' and 'skip'")
         self.skip = on_error == "skip"
         self.skipped: Counter[str] = Counter()
+        self.first = ""
 
     def meet(self, reason: str, message: str, cause: Exception | None = None) -> None:
         """Raises `ValueError(message)`, or counts it under `reason`."""
         if not self.skip:
             raise ValueError(message) from cause
         self.skipped[reason] += 1
+        self.first = self.first or message
         logger.warning("skipped (%s): %s", reason, message)
 
 
@@ -243,13 +319,6 @@ class Column:
             stream.seek(entry.offset)
             return stream.read(entry.size)
 
-    def read_all(self, keys: Sequence[str]) -> Iterator[bytes]:
-        """Bytes of several values in order, reading every shard once."""
-        for path, entries in itertools.groupby((self.entries[key] for key in keys), key=lambda entry: entry.path):
-            data = path.read_bytes()
-            for _, _, offset, size in entries:
-                yield data[offset : offset + size]
-
     def decode(self, key: str, data: bytes, check: Callable[[Any], Any]) -> Any:
         """The value in `data`, as `check` returns it; the ValueError for bad bytes or values says where they are."""
         extension = self.entries[key].extension
@@ -259,11 +328,11 @@ class Column:
             raise ValueError(f"{self.describe(key)}: cannot use this .{extension}: {error}") from error
 
 
-def _tar_entries(path: Path, faults: Faults) -> list[tuple[str, int, int]]:
+def tar_entries(path: Path, stream: BinaryIO, faults: Faults) -> list[tuple[str, int, int]]:
     """Names, offsets and sizes of the files in a tar; of a damaged one those before the damage."""
     entries = []
     try:
-        with open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 if member.isfile():
                     entries.append((member.name, member.offset_data, member.size))
@@ -274,30 +343,37 @@ def _tar_entries(path: Path, faults: Faults) -> list[tuple[str, int, int]]:
                 raise tarfile.ReadError("there is no end mark")
     except tarfile.TarError as error:
         faults.meet("damaged", f"{path}: the tar is truncated or damaged after {len(entries)} entries: {error}", error)
-    end = path.stat().st_size
+    end = stream.seek(0, io.SEEK_END)
     return [entry for entry in entries if entry[1] + entry[2] <= end]
 
 
-def _parse_name(name: str) -> tuple[str, str]:
+def parse_name(name: str) -> tuple[str, str]:
     """Key (folders and all up to the first dot) and extension of an entry."""
     place, _, base = name.removeprefix("./").rpartition("/")
     key, _, extension = base.partition(".")
     return f"{place}/{key}" if place else key, extension.lower()
 
 
-def _index(folder: Path, faults: Faults) -> Column:
+def index_folder(folder: Path, faults: Faults) -> Column:
     """Finds all values below one modality's folder."""
     shards = sorted(folder.glob("*.tar"))
     files = [] if shards else sorted(path for path in folder.rglob("[!.]*") if path.is_file())
     found = [(path.relative_to(folder).as_posix(), path, 0, path.stat().st_size) for path in files]
-    found += [(name, path, offset, size) for path in shards for name, offset, size in _tar_entries(path, faults)]
+    for path in shards:
+        with open(path, "rb") as stream:
+            found += [(name, path, offset, size) for name, offset, size in tar_entries(path, stream, faults)]
     if not found:
         faults.meet("missing", f"{folder}: no samples, expected shard-*.tar or files")
-    kinds = Counter(codec.kind for name, *_ in found if (codec := EXTENSIONS.get(_parse_name(name)[1])))
-    column = Column(folder.name, {})
+    return by_key(folder.name, found, faults)
+
+
+def by_key(modality: str, found: Sequence[tuple[str, Path, int, int]], faults: Faults) -> Column:
+    """Values by key, from names (of tar members or files), where they lie, offsets and sizes."""
+    kinds = Counter(codec.kind for name, *_ in found if (codec := EXTENSIONS.get(parse_name(name)[1])))
+    column = Column(modality, {})
     for name, path, offset, size in found:
-        key, extension = _parse_name(name)
-        at = f"{folder.name}, {path}, key {key!r}"
+        key, extension = parse_name(name)
+        at = f"{modality}, {path}, key {key!r}"
         if extension not in EXTENSIONS:
             faults.meet("extension", f"{at}: extension {extension!r} is unknown, allowed are {', '.join(EXTENSIONS)}")
         elif EXTENSIONS[extension].kind != (usual := kinds.most_common(1)[0][0]):
@@ -309,23 +385,29 @@ def _index(folder: Path, faults: Faults) -> Column:
     return column
 
 
-def _aligned_keys(columns: list[Column], faults: Faults) -> list[str]:
-    """The keys that all columns have; a key that one lacks, or another order, is a fault."""
-    keys = {column.modality: list(column.entries) for column in columns}
-    first = columns[0]
-    if all(other == keys[first.modality] for other in keys.values()):
-        return keys[first.modality]
-    common = set.intersection(*(set(column.entries) for column in columns))
+def aligned_keys(keys: Mapping[str, list[str]], describe: Callable[[str, str], str], faults: Faults) -> list[str]:
+    """The keys that all modalities have; a key that one lacks, or another order, is a fault.
+
+    Args:
+        keys: Keys of each modality.
+        describe: Says where a modality has a key.
+        faults: What happens then.
+    """
+    first, *others = keys
+    if all(keys[other] == keys[first] for other in others):
+        return keys[first]
+    has = {modality: set(names) for modality, names in keys.items()}
+    common = set.intersection(*has.values())
     for key in dict.fromkeys(itertools.chain(*keys.values())):
         if key not in common:
-            holder = next(column for column in columns if key in column.entries)
-            lacking = ", ".join(column.modality for column in columns if key not in column.entries)
-            faults.meet("misaligned", f"{holder.describe(key)}: missing in {lacking}")
-    for column in columns[1:]:
-        for key, twin in zip(keys[first.modality], column.entries, strict=False):
+            holder = next(modality for modality in keys if key in has[modality])
+            lacking = ", ".join(modality for modality in keys if key not in has[modality])
+            faults.meet("misaligned", f"{describe(holder, key)}: missing in {lacking}")
+    for other in others:
+        for key, twin in zip(keys[first], keys[other], strict=False):
             if key != twin and not faults.skip:
-                raise ValueError(f"{column.describe(twin)}: wrong order, {first.modality} has {key!r} in this place")
-    return [key for key in first.entries if key in common]
+                raise ValueError(f"{describe(other, twin)}: wrong order, {first} has {key!r} in this place")
+    return [key for key in keys[first] if key in common]
 
 
 class ShardDataset:
@@ -365,9 +447,10 @@ class ShardDataset:
             raise ValueError(f"{self.folder}: no folder for modality {', '.join(missing) or '(any)'}, {there}")
         self._faults = Faults(on_error)
         self._bad: set[str] = set()
-        columns = [_index(self.folder / name, self._faults) for name in self.modalities]
-        self.keys = _aligned_keys(columns, self._faults)
+        columns = [index_folder(self.folder / name, self._faults) for name in self.modalities]
         self.columns = {column.modality: column for column in columns}
+        keys = {column.modality: list(column.entries) for column in columns}
+        self.keys = aligned_keys(keys, lambda name, key: self.columns[name].describe(key), self._faults)
         card = self.folder.parent / "card.json"
         rows = json.loads(card.read_text()).get("modalities", {}) if card.is_file() else {}
         self._dtypes = {name: rows[name]["dtype"] for name in self.modalities if "dtype" in rows.get(name, {})}
@@ -398,6 +481,10 @@ class ShardDataset:
                 self._dtypes[name] = column.decode(key := next(keys), column.read(key), lambda value: str(value.dtype))
         return self._dtypes[name]
 
+    def sample(self, key: str) -> dict[str, Any]:
+        """The sample of a key; ValueError where it cannot be read."""
+        return {"__key__": key, **{name: self._value(name, key) for name in self.modalities}}
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         first = range(len(self))[i]
         for step in range(len(self)):
@@ -405,118 +492,72 @@ class ShardDataset:
             if key in self._bad:
                 continue
             try:
-                return {"__key__": key, **{name: self._value(name, key) for name in self.modalities}}
+                return self.sample(key)
             except ValueError as error:
                 self._faults.meet("unreadable", str(error), error)
                 self._bad.add(key)
         raise ValueError(f"{self.folder}: none of {len(self)} samples can be read")
 
 
-# Tokens in memory ----------------------------------------------------------------------------------------------------
+# Tokens --------------------------------------------------------------------------------------------------------------
 
 
-def _check_tokens(row: Modality, value: Any) -> np.ndarray:
-    """The tokens of one sample in the shape they are stored in, or a ValueError that says what is wrong with them.
-
-    grid (crops, tokens), text (length,), vectors (length, dim), patches (1, height, width, channels).
-    """
-    if row.kind == "patches":
-        size = *(side * row.patch_size for side in row.grid or ()), row.channels
-        value = value[..., None] if value.ndim == 2 else value
-        if value.dtype != np.uint8 or value.shape != size:
-            raise ValueError(f"expected a uint8 image {size}, got {value.dtype} {value.shape}")
-        return value[None]
-    if row.kind == "vectors":
-        if value.dtype.kind != "f" or value.ndim != 2 or value.shape[1] != row.dim:
-            raise ValueError(f"expected float vectors (length, {row.dim}), got {value.dtype} {value.shape}")
-        return value[: row.max_tokens].astype(np.float32)
-    if value.dtype.kind not in "iu":
-        raise ValueError(f"expected integer ids, got {value.dtype} {value.shape}")
-    if value.size and (value.min() < 0 or value.max() >= row.vocab_size):
-        raise ValueError(f"ids in [{value.min()}, {value.max()}], expected [0, {row.vocab_size})")
-    if row.kind == "text":
-        if value.ndim != 1:
-            raise ValueError(f"expected ids of shape (length,), got {value.dtype} {value.shape}")
-        return value[: row.max_tokens // row.chunk * row.chunk]
-    value = value[None] if value.ndim == 1 else value
-    if value.ndim != 2 or len(value) < 1 or value.shape[1] != row.length:
-        raise ValueError(f"expected ids (crops, {row.length}) or ({row.length},), got {value.dtype} {value.shape}")
-    return value
-
-
-class TokenDataset:
-    """Tokens of one split, all in memory, for training.
-
-    `dataset[epoch, i]` (or `dataset[i]` for epoch 0) is `{"__key__": key, modality: tokens}`: grid (tokens,) ids of
-    crop `epoch % crops`, text (length,) ids without end, cut to `max_tokens`, patches uint8 (H, W, C), vectors
-    (length, dim) float32. The arrays are views of the memory: do not write into them.
+def check_tokens(row: Modality, value: Any, cropped: bool = False) -> list[np.ndarray]:
+    """The crops of one sample's tokens, or a ValueError that says what is wrong with them.
 
     Args:
-        folder: `root/<split>` with one folder per modality of the space.
-        space: The modalities; ids are checked against their vocabularies, shapes against their grids.
-        on_error: `raise` a ValueError that names shard, key and modality; or `skip`: log, count, leave the sample out.
+        row: Of the modality table.
+        value: grid (crops, tokens) or (tokens,); text (crops, length) or (length,), ending with -1 where shorter;
+            vectors (crops, length, dim) or (length, dim), ending with NaN where shorter; an image of patches; 4M's
+            `t5_caption`, arrays `emb` and `mask_valid`.
+        cropped: An image may have any size, as it is still to be cropped.
 
-    Attributes:
-        keys: Names of the samples.
-        skipped: Number of skipped samples by reason.
-
-    Raises:
-        ValueError: As `ShardDataset`; ids outside the vocabulary, of the wrong dtype or number; no good sample at all.
+    Returns:
+        Per crop: ids (tokens,) or (length,), vectors (length, dim), or pixels (height, width, channels).
     """
+    if row.kind == "vectors" and isinstance(value, dict) and {"emb", "mask_valid"} <= set(value):
+        value = np.where(value["mask_valid"][..., None], value["emb"], np.nan)
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"expected an array, got {type(value).__name__}")
+    found = f"{value.dtype} {value.shape}"
+    if row.kind == "patches":
+        high, wide = (side * row.patch_size for side in row.grid or ())
+        value = value[..., None] if value.ndim == 2 else value
+        grey = cropped and value.shape[2:] == (1,)  # cropping makes it three channels
+        size = (*value.shape[:2], 1 if grey else row.channels) if cropped else (high, wide, row.channels)
+        if value.dtype != np.uint8 or value.shape != size or not value.size:
+            expected = f"of {row.channels} channels" if cropped else str((high, wide, row.channels))
+            raise ValueError(f"expected a uint8 image {expected}, got {found}")
+        return [value]
+    if row.kind == "vectors":
+        value = value[None] if value.ndim == 2 else value
+        if value.dtype.kind != "f" or value.ndim != 3 or not len(value) or value.shape[2] != row.dim:
+            raise ValueError(f"expected float vectors (crops, length, {row.dim}) or (length, {row.dim}), got {found}")
+        value = value.astype(np.float32) if value.dtype.itemsize > 4 else value
+        return [_before(~np.isnan(each).all(1), each)[: row.max_tokens] for each in value]
+    if value.dtype.kind not in "iu":
+        raise ValueError(f"expected integer ids, got {found}")
+    if row.kind == "text":
+        crops = value[None] if value.ndim == 1 else value
+        if crops.ndim != 2 or not len(crops):
+            raise ValueError(f"expected ids (crops, length) or (length,), got {found}")
+        longest = row.max_tokens // row.chunk * row.chunk
+        ids = [_before(each >= 0, each) if value.ndim == 2 else each for each in crops]
+        rows = [each[:longest] for each in ids]
+    else:
+        value = value[None] if value.ndim == 1 else value
+        if value.ndim != 2 or len(value) < 1 or value.shape[1] != row.length:
+            raise ValueError(f"expected ids (crops, {row.length}) or ({row.length},), got {found}")
+        ids = rows = list(value)
+    every = np.concatenate(ids)
+    if every.size and (every.min() < 0 or every.max() >= row.vocab_size):
+        raise ValueError(f"ids in [{every.min()}, {every.max()}], expected [0, {row.vocab_size})")
+    return rows
 
-    by_epoch = True  # tells the loader to ask for (epoch, index)
 
-    def __init__(self, folder: str | Path, space: TokenSpace, on_error: Literal["raise", "skip"] = "raise"):
-        shards = ShardDataset(folder, space.names, on_error)
-        self._faults = shards._faults
-        tokens = {name: self._read(shards.columns[name], space[name], shards.keys) for name in space.names}
-        self.keys = [key for key in shards.keys if all(key in values for values in tokens.values())]
-        if not self.keys:
-            raise ValueError(f"{folder}: no good samples, skipped are {self.skipped}")
-        self._packed = {
-            name: Packed.of([tokens[name][key] for key in self.keys], space[name].grid is not None)
-            for name in space.names
-        }
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Number of skipped samples by reason."""
-        return dict(self._faults.skipped)
-
-    def _read(self, column: Column, row: Modality, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """The good tokens of one modality by key."""
-        values = {}
-        for key, data in zip(keys, column.read_all(keys), strict=True):
-            try:
-                values[key] = column.decode(key, data, functools.partial(_check_tokens, row))
-            except ValueError as error:
-                self._faults.meet("unreadable", str(error), error)
-        return values
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, draw: int | tuple[int, int]) -> dict[str, Any]:
-        epoch, i = draw if isinstance(draw, tuple) else (0, draw)
-        i = range(len(self))[i]
-        return {"__key__": self.keys[i], **{name: packed.get(epoch, i) for name, packed in self._packed.items()}}
-
-
-@dataclass
-class Packed:
-    """Values of different lengths, end to end; with `crops` the values are rows to choose from."""
-
-    values: np.ndarray
-    starts: array[int]
-    crops: bool
-
-    @classmethod
-    def of(cls, values: list[np.ndarray], crops: bool) -> Packed:
-        """Packs the checked tokens of one modality."""
-        starts = array("q", itertools.accumulate((len(value) for value in values), initial=0))
-        return cls(np.concatenate(values), starts, crops)
-
-    def get(self, epoch: int, i: int) -> np.ndarray:
-        """Value of sample i; the crop follows the epoch."""
-        start, stop = self.starts[i], self.starts[i + 1]
-        return self.values[start + epoch % (stop - start)] if self.crops else self.values[start:stop]
+def _before(valid: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """The part of a value in front of its padding; valid (length,), value (length, ...)."""
+    length = int(valid.sum())
+    if not valid[:length].all() or not np.isfinite(value[:length]).all():
+        raise ValueError("padding or NaN lies between the tokens, expected it at the end")
+    return value[:length]

@@ -147,6 +147,11 @@ class View:
         top, left, high, wide, hflip = settings[index].tolist()
         return cls(Crop(top, left, high, wide, bool(hflip)), height, width, index, derive_seed(seed, key, index))
 
+    @property
+    def whole(self) -> bool:
+        """Whether it shows all of the image."""
+        return self.crop == (0, 0, self.height, self.width, False)
+
     def generator(self, name: str) -> np.random.Generator:
         """Random numbers of one modality."""
         return np.random.Generator(np.random.Philox(derive_seed(self.seed, name)))
@@ -169,6 +174,9 @@ def transform_sample(sample: Mapping[str, Any], transforms: Mapping[str, Transfo
     return transformed
 
 
+# Types that Pillow cannot resize, and others for them.
+RESIZABLE: dict[str, type] = {"bool": np.uint8, "int64": np.int32, "uint32": np.int32, "float16": np.float32}
+
 # Images --------------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +190,9 @@ def crop_image(image: np.ndarray, view: View, size: tuple[int, int], resample: s
         raise ValueError(f"expected an image of {view.height}x{view.width} pixels, got {image.dtype} {image.shape}")
     top, left, height, width, hflip = view.crop
     try:
-        cut = Image.fromarray(image).crop((left, top, left + width, top + height))
+        cut = Image.fromarray(image.astype(RESIZABLE.get(str(image.dtype), image.dtype), copy=False)).crop(
+            (left, top, left + width, top + height)
+        )
     except TypeError as error:
         raise ValueError(f"cannot resize an image of {image.dtype} {image.shape}: {error}") from error
     pixels = np.array(cut.resize((size[1], size[0]), RESAMPLING[resample]))
@@ -250,7 +260,7 @@ class Classes(Picture):
 
 @dataclass(frozen=True)
 class Mask(Picture):
-    """Masks of valid pixels, uint8 (H, W): 255 is valid.
+    """Masks of valid pixels (H, W), bool or 0 and 1 or 0 and 255: the greater one is valid.
 
     Args:
         pool: Side of the blocks that are valid only as a whole.
@@ -261,7 +271,7 @@ class Mask(Picture):
 
     def __call__(self, raw: np.ndarray, view: View) -> np.ndarray:
         """The view of a mask, bool (H, W)."""
-        valid = crop_image(raw, view, self.size, self.resample) == 255
+        valid = crop_image(raw, view, self.size, self.resample) == (255 if raw.max(initial=0) > 1 else 1)
         height, width = self.size
         blocks = valid.reshape(height // self.pool, self.pool, width // self.pool, self.pool).all((1, 3))
         return blocks.repeat(self.pool, axis=0).repeat(self.pool, axis=1)
@@ -271,6 +281,8 @@ class Mask(Picture):
 class Features:
     """Feature maps of the whole image, float (h, w, D) for any h and w; the view's are interpolated.
 
+    Vectors (D,) stay, and of those that were made per crop, (crops, D) or (crops, h, w, D), the view's is taken.
+
     Args:
         size: Height and width of the result in cells.
     """
@@ -279,6 +291,8 @@ class Features:
 
     def __call__(self, raw: np.ndarray, view: View) -> np.ndarray:
         """The view of a feature map."""
+        if raw.ndim != 3:
+            return raw if raw.ndim == 1 else of_crop(raw, view)
         top, left, height, width, hflip = view.crop
         rows, columns = ((np.arange(cells) + 0.5) / cells for cells in self.size)
         columns = columns[::-1] if hflip else columns
@@ -312,6 +326,8 @@ def crop_boxes(boxes: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
 class Boxes:
     """Detections: `{"instances": [{"boxes": [xmin, ymin, xmax, ymax], "class_name": ..., "score": ...}, ...]}`.
 
+    A list of boxes stays as it is in a view of the whole image.
+
     Args:
         threshold: Smallest score.
         max_count: How many to keep, those of the highest scores; default: all.
@@ -324,9 +340,12 @@ class Boxes:
     order: Literal["distance", "area", "score", "random"] = "distance"
     min_visibility: float = 0.0
 
-    def __call__(self, raw: Mapping[str, Any], view: View) -> list[dict[str, Any]]:
+    def __call__(self, raw: Any, view: View) -> list[dict[str, Any]]:
         """The boxes in the view, 0 to 1 within it."""
-        found = [one for one in raw["instances"] if one["score"] >= self.threshold]
+        if isinstance(raw, list) and view.whole:
+            return raw
+        things = raw if isinstance(raw, list) else raw["instances"]
+        found = [{"score": 1.0} | one for one in things if one.get("score", 1.0) >= self.threshold]
         boxes, share = crop_boxes(np.array([one["boxes"] for one in found], dtype=float).reshape(-1, 4), view)
         score = np.array([one["score"] for one in found], dtype=float)
         kept = np.flatnonzero((share > 0) & (share >= self.min_visibility))
@@ -367,15 +386,15 @@ class Poses:
 
     encode: Callable[[np.ndarray], np.ndarray] | None = None
 
-    def __call__(self, raw: Mapping[str, Any], view: View) -> list[dict[str, Any]]:
-        """People in the view.
+    def __call__(self, raw: Any, view: View) -> list[dict[str, Any]]:
+        """People in the view; a list of people stays as it is in a view of the whole image.
 
         Returns:
             For each: `box` (4,) 0 to 1 within the view, `global` (3, 3), `body_pose` (23, 3, 3), `shape` (10,),
             `camera` (3,), `pose` (8,) ids or None, and `order`, the random order of the four groups in its text.
         """
-        if not raw:
-            return []
+        if not raw or (isinstance(raw, list) and view.whole):
+            return raw or []
         pixels = np.array(raw["bbox_xyxy"], dtype=float).reshape(-1, 4)
         boxes, share = crop_boxes(pixels / [view.width, view.height, view.width, view.height], view)
         seen, people, smpl = share > 0, len(boxes), raw["pred_smpl_params"]
@@ -487,11 +506,11 @@ class InstanceMasks:
                 found.append(np.array([self.size[1], 0]) + polygon * [-1, 1] if view.crop.hflip else polygon)
         return found
 
-    def __call__(self, raw: Sequence[Mapping[str, Any]], view: View) -> dict[str, np.ndarray]:
+    def __call__(self, raw: Sequence[Mapping[str, Any]], view: View) -> dict[str, Any]:
         """The instances in the view.
 
         Returns:
-            `masks` (n, mask_size, mask_size) bool and `boxes` (n, 4) int64 as xmin, ymin, xmax, ymax.
+            `masks` (n, mask_size, mask_size) bool, `boxes` (n, 4) int64 as xmin, ymin, xmax, ymax, and `polygons`.
         """
         kept = np.arange(len(raw))
         if self.max_count is not None and len(raw) > self.max_count:
@@ -505,7 +524,7 @@ class InstanceMasks:
             within = ((polygon - low) / (high - low) * self.mask_size).astype(int)
             ImageDraw.Draw(canvas).polygon(list(map(tuple, within.tolist())), fill=1, outline=1)
             masks[i], boxes[i] = np.array(canvas), (*low, *high)
-        return {"masks": masks, "boxes": boxes}
+        return {"masks": masks, "boxes": boxes, "polygons": polygons}
 
 
 def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -579,39 +598,60 @@ class Caption:
         if isinstance(raw, Sequence) and not isinstance(raw, str):
             if not raw:
                 raise ValueError("the list of captions is empty")
-            random = int(view.generator("caption").integers(len(raw)))
-            raw = of_crop(raw, view) if self.choose == "crop" else raw[random if self.choose == "random" else 0]
+            raw = of_crop(raw, view) if self.choose == "crop" else raw[_drawn(raw, view, self.choose)]
         caption = raw["caption"] if isinstance(raw, Mapping) else raw
         if not isinstance(caption, str):
             raise ValueError(f"expected a caption, got {type(caption).__name__}")
         return caption
 
 
+def _drawn(captions: Sequence[Any] | np.ndarray, view: View, choose: str) -> int:
+    """Number of the first caption or a random one, the same for a caption and its embedding."""
+    return int(view.generator("caption").integers(len(captions))) if choose == "random" else 0
+
+
 @dataclass(frozen=True)
 class Vectors:
-    """Embedded captions: `emb` (captions, L, D), of which those marked in `mask_valid` (captions, L) count."""
+    """Embedded captions: `emb` (captions, L, D), of which those marked in `mask_valid` (captions, L) count.
 
-    def __call__(self, raw: Mapping[str, np.ndarray], view: View) -> np.ndarray:
+    Plain vectors (L, D) stay.
+
+    Args:
+        choose: Of several captions, as in `Caption`.
+    """
+
+    choose: Literal["crop", "first", "random"] = "crop"
+
+    def __call__(self, raw: Any, view: View) -> np.ndarray:
         """(valid, D), those of the view's crop."""
-        return of_crop(raw["emb"], view)[of_crop(raw["mask_valid"], view).astype(bool)]
+        if not isinstance(raw, Mapping):
+            return raw
+        emb, valid = raw["emb"], raw["mask_valid"].astype(bool)
+        if self.choose == "crop":
+            return of_crop(emb, view)[of_crop(valid, view)]
+        return emb[_drawn(emb, view, self.choose)][valid[_drawn(emb, view, self.choose)]]
 
 
 @dataclass(frozen=True)
 class Instances:
     """SAM's instances with their ids, asked for at some points.
 
-    There is one `{"points": polygons, "bbox": boxes, "token_ids": ids}` per crop, in its pixels. Boxes are ymin, xmin,
-    ymax, xmax.
+    There is one `{"points": polygons, "bbox": boxes, "token_ids": ids}` per crop, in its pixels, or contours in
+    the whole image (see `InstanceMasks`). Boxes are ymin, xmin, ymax, xmax.
 
     Args:
         points: Number of query points, or of those along a side of the grid.
         grid: Ask at a grid rather than at random points.
         size: Height and width of the crop in pixels.
+        encode: Masks (n, mask_size, mask_size) bool to their ids (n, 16), for contours.
+        mask_size: Side of a mask.
     """
 
     points: int = 7
     grid: bool = False
     size: tuple[int, int] = (224, 224)
+    encode: Callable[[np.ndarray], np.ndarray] | None = None
+    mask_size: int = 64
 
     def query_points(self, generator: np.random.Generator) -> np.ndarray:
         """(points, 2) or, of a grid, (points * points, 2) integers x, y."""
@@ -634,10 +674,26 @@ class Instances:
             for point, hit in zip(points.tolist(), hits.T, strict=True)
         ]
 
-    def __call__(self, raw: Sequence[Mapping[str, Any]], view: View) -> list[dict[str, Any]]:
-        """As `at`, for the view's crop; points and the instances at each come in random order."""
+    def of_view(self, raw: Sequence[Mapping[str, Any]], view: View) -> Mapping[str, Any]:
+        """The instances of the view's crop; contours are cropped and get their ids."""
+        if raw and "token_ids" in raw[0]:
+            return of_crop(raw, view)
+        if raw and self.encode is None:
+            raise ValueError("SAM's contours have no ids; the codec has to name the tokenizer of masks as `inner`")
+        found = InstanceMasks(self.size, self.mask_size, max_count=None)(raw, view)
+        ids = self.encode(found["masks"]).tolist() if self.encode and found["polygons"] else []
+        boxes = found["boxes"][:, [1, 0, 3, 2]].tolist()
+        return {"points": [[polygon.tolist()] for polygon in found["polygons"]], "bbox": boxes, "token_ids": ids}
+
+    def __call__(self, raw: Any, view: View) -> list[dict[str, Any]]:
+        """As `at`, for the view's crop; points and the instances at each come in random order.
+
+        A list of points with instances stays as it is in a view of the whole image.
+        """
+        if raw and "point" in raw[0] and view.whole:
+            return raw
         generator = view.generator("sam_instances")
-        found = self.at(of_crop(raw, view), np.unique(self.query_points(generator), axis=0))
+        found = self.at(self.of_view(raw, view), np.unique(self.query_points(generator), axis=0))
         for one in found:
             generator.shuffle(one["instances"])
         return [found[i] for i in generator.permutation(len(found))]
@@ -645,21 +701,59 @@ class Instances:
 
 @dataclass(frozen=True)
 class Palette:
-    """Colour palettes by their size, `[{"1": [[r, g, b]], "2": ...}]`."""
+    """Colour palettes by their size, `[{"1": [[r, g, b]], "2": ...}]`. A single palette stays."""
 
-    def __call__(self, raw: Sequence[Mapping[str, Any]], view: View) -> list[list[int]]:
+    def __call__(self, raw: Any, view: View) -> list[list[int]]:
         """A palette of random size."""
+        if not raw or not isinstance(raw[0], Mapping):
+            return raw
         return raw[0][view.generator("palette").choice(sorted(raw[0]))]
 
 
+@dataclass(frozen=True)
+class Metadata:
+    """Numbers by name."""
+
+    def __call__(self, raw: Mapping[str, float], view: View) -> dict[str, float]:
+        """The same in random order: which ones are left where the text is cut is random too."""
+        names = sorted(raw)
+        return {names[i]: raw[names[i]] for i in view.generator("metadata").permutation(len(names))}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Named points, `[{"name": ..., "x": ..., "y": ...}]`, 0 to 1 in the image."""
+
+    def __call__(self, raw: Sequence[Mapping[str, Any]], view: View) -> list[dict[str, Any]]:
+        """The points in the view, 0 to 1 within it."""
+        if view.whole:
+            return list(map(dict, raw))
+        top, left, height, width, hflip = view.crop
+        x, y = (np.array([one[axis] for one in raw], dtype=float) for axis in "xy")
+        x, y = (x * view.width - left) / width, (y * view.height - top) / height
+        seen = np.flatnonzero((x >= 0) & (x < 1) & (y >= 0) & (y < 1)).tolist()
+        return [dict(raw[i]) | {"x": float(1 - x[i] if hflip else x[i]), "y": float(y[i])} for i in seen]
+
+
+@dataclass(frozen=True)
+class Sound:
+    """Waves (samples,), which have no place in the image."""
+
+    def __call__(self, raw: np.ndarray, view: View) -> np.ndarray:
+        """All of it."""
+        return raw
+
+
+# By input kind of the tokenizer, or by text codec; and those of values that are not tokens yet.
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
-    "rgb": Picture,
+    "image": Picture,
+    "field": Depth,
     "depth": Depth,
-    "edges": Depth,
     "normal": Normals,
     "classes": Classes,
     "mask": Mask,
     "features": Features,
+    "spectrogram": Sound,
     "boxes": Boxes,
     "human_poses": Poses,
     "body_pose": BodyPose,
@@ -669,4 +763,6 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "caption": Caption,
     "vectors": Vectors,
     "palette": Palette,
+    "metadata_21": Metadata,
+    "places": Places,
 }

@@ -18,13 +18,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from fourm.evaluation.matrix import aligned_samples, raw_sources, raw_targets
+from fourm.evaluation.texts import readable
 from fourm.evaluation.tokenizers import reconstruct
-from fourm.generation.decode import decode, picture, words
+from fourm.generation.decode import decode, picture, principal_axes, words
 from fourm.generation.plan import Target, chain
 from fourm.generation.sampler import Given, Sampler, from_samples
 from fourm.model.fourm import FourM
 
-DRAWING = 64  # side of a drawn palette in pixels; images keep their own
+DRAWING = 64  # least side of a picture in pixels; larger images keep their own
+LARGE_DRAWING = 224  # where words stand in it
 
 
 @dataclass(frozen=True)
@@ -140,26 +142,38 @@ class Gallery:
 
     def cell(self, name: str, value: Any, row: int, title: str, given: bool = False) -> Cell:
         """Shows a raw value; numbers are coloured by about the range of the truth of the same sample."""
-        tokenizer, low, high, size = self.tokenizers[self.targets[name]], None, None, DRAWING
-        if self.space[self.targets[name]].kind == "text":
+        target = self.targets[name]
+        tokenizer, background = self.tokenizers[target], None
+        scale: Any = None
+        if self.space[target].kind == "text":
             if words(value):
                 return Cell(title, text=words(value), given=given)
+            size = DRAWING if tokenizer.config.codec == "palette" else LARGE_DRAWING
+            background = self.raw[row].get(self.config.picture)
         else:
             truth = np.asarray(self.raw[row][name])
-            # Colours span the truth, but not so little of what else is shown that noise would look like structure.
-            spread = max(float(np.ptp(scene[name])) for scene in self.raw)
-            low, high = float(truth.min()), float(max(truth.max(), truth.min() + spread / 4))
-            size = len(truth)
-        return Cell(title, data_uri(picture(tokenizer, value, size, low, high)), given=given)
+            size = len(truth) if truth.ndim > 1 and len(truth) > DRAWING else DRAWING
+            if tokenizer.config.input.kind == "field":
+                # Colours span the truth, but not so little of what else is shown that noise would look like structure.
+                spread = max(float(np.ptp(scene[name])) for scene in self.raw)
+                scale = float(truth.min()), float(max(truth.max(), truth.min() + spread / 4))
+            elif tokenizer.config.input.kind == "features" and truth.ndim == 3:
+                scale = principal_axes(np.stack([scene[name] for scene in self.raw]))  # a colour means the same in all
+        return Cell(title, data_uri(picture(tokenizer, value, size, scale, background)), given=given)
 
     def cells(self, made: Mapping[str, Any], row: int, title: str) -> list[Cell]:
         """One row of values by modality (raw names)."""
         return [self.cell(name, values[row], row, f"{name}: {title}") for name, values in made.items()]
 
     def truths(self, names: Sequence[str], row: int, given: bool = False) -> list[Cell]:
-        """The true values of one sample."""
+        """The true values of one sample; where raw ones are of a form that only a transform reads, what tokens say."""
         title = "given" if given else "the truth"
-        return [self.cell(name, self.raw[row][name], row, f"{name}: {title}", given) for name in names]
+        values = {name: self.raw[row][name] for name in names}
+        for name in (name for name in names if self.space[self.targets[name]].kind == "text"):
+            target = self.targets[name]
+            if not readable(self.tokenizers[target], [values[name]]):
+                (values[name],) = decode({target: [self.tokens[row][target]]}, self.tokenizers)[target]
+        return [self.cell(name, value, row, f"{name}: {title}", given) for name, value in values.items()]
 
     def from_picture(self) -> Panel:
         """Every modality predicted from the picture alone, with the truth below, for every shown sample."""
@@ -211,7 +225,7 @@ class Gallery:
             ("", [*self.truths([prompt], row, given=True), *cells(row), *self.truths([name], row)])
             for row in range(len(self.raw))
         ]
-        return Panel([prompt, *columns, "the real place"], rows)
+        return Panel([prompt, *columns, "the real one"], rows)
 
     def in_painting(self, tries: int = 3) -> Panel:
         """The right half of the picture's tokens is hidden and filled in, several times."""

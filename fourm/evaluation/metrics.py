@@ -1,8 +1,8 @@
 """Figures on numpy arrays, in each modality's own units.
 
-`SCORES` knows the kinds of image-like modality: `image` (pixels), `field` (numbers), `normal` (unit vectors coded as
-uint8), `classes` (ids), `depth` (up to scale and shift), `mask` and `features`; `COMBINE` and `CONSTANT` know the first
-four. B pictures of H x W pixels.
+`SCORES`, `COMBINE` and `CONSTANT` know the kinds of image-like modality: `image` (pixels), `field` (numbers), `normal`
+(unit vectors coded as uint8), `classes` (ids), `depth` (up to scale and shift), `mask` and `features`. B pictures of
+H x W pixels.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 Array = np.ndarray
+TEXT_FIGURES = ("token_f1", "exact_share", "bin_distance", "colour_distance", "f1_", "precision_", "recall_", "person_",
+                "joint_angle", "name_recall", "place_distance", "mask_iou")  # fmt: skip
+LOWER_IS_BETTER = ("mae", "mean_angle", "relative_error", "spectral_error", "bin_distance", "colour_distance",
+                   "joint_angle", "place_distance")  # fmt: skip
 
 
 def images(pictures: Array) -> torch.Tensor:
@@ -139,6 +143,20 @@ def score_features(prediction: Array, truth: Array, where: Array | None, classes
     return {"cosine": float(torch.nn.functional.cosine_similarity(guess, wanted, dim=-1).mean())}
 
 
+def score_spectrogram(prediction: Array, truth: Array, where: Array | None, classes: int) -> dict[str, float]:
+    """Log-spectral distance of waves (B, samples): rms difference in dB of their power in a third of an octave (bands
+    of equal ratio), mean over time; what is below -60 dB is silence."""
+    bands = torch.bucketize(torch.arange(257), torch.logspace(0, 8, 24, base=2))
+
+    def spectra(waves: Array) -> torch.Tensor:
+        sound = torch.from_numpy(waves.astype(np.float32)) / (32_768 if waves.dtype.kind == "i" else 1)
+        spectrum = torch.stft(sound, 512, 128, window=torch.hann_window(512), return_complex=True).abs() / 128
+        power = spectrum.new_zeros(len(waves), 25, spectrum.shape[2]).index_add(1, bands, spectrum**2)
+        return 10 * power.clamp(min=1e-6).log10()
+
+    return {"spectral_error_db": float((spectra(prediction) - spectra(truth)).square().mean(1).sqrt().mean())}
+
+
 SCORES: dict[str, Callable[[Array, Array, Array | None, int], dict[str, float]]] = {
     "image": score_image,
     "field": score_field,
@@ -147,6 +165,7 @@ SCORES: dict[str, Callable[[Array, Array, Array | None, int], dict[str, float]]]
     "depth": score_depth,
     "mask": score_mask,
     "features": score_features,
+    "spectrogram": score_spectrogram,
 }
 
 # A point estimate from draws (S, B, H, W, ...) of the raw modality; for classes from probabilities (S, B, C, H, W).
@@ -155,6 +174,10 @@ COMBINE: dict[str, Callable[[Array], Array]] = {
     "field": lambda draws: np.median(draws, axis=0),
     "normal": lambda draws: coded_vectors(unit_vectors(draws).mean(0)),
     "classes": lambda draws: draws.mean(0).argmax(1),
+    "depth": lambda draws: np.median(draws, axis=0),
+    "mask": lambda draws: draws.mean(0) >= 0.5,
+    "features": lambda draws: draws.mean(0, dtype=np.float32),
+    "spectrogram": lambda draws: draws[0],  # sounds of different phase have no mean
 }
 
 # The best constant, from all training pixels (P,) or (P, C).
@@ -163,6 +186,10 @@ CONSTANT: dict[str, Callable[[Array], Any]] = {
     "field": lambda pixels: pixels.mean(dtype=np.float64),
     "normal": lambda pixels: coded_vectors(unit_vectors(pixels).mean(0)),
     "classes": lambda pixels: np.bincount(pixels.ravel()).argmax(),
+    "depth": lambda pixels: pixels.mean(dtype=np.float64),
+    "mask": lambda pixels: pixels.mean() >= 0.5,
+    "features": lambda pixels: pixels.mean(0, dtype=np.float64),
+    "spectrogram": lambda samples: samples.dtype.type(0),  # silence
 }
 
 
@@ -172,7 +199,12 @@ def key(figure: str, region: str = "", unit: str = "") -> str:
 
 
 def of_constant(name: str) -> str:
-    """What a figure is called when the constant is scored: `mean_predictor_mae_land_m`, `majority_land`, ..."""
+    """What a figure is called when the constant is scored: `mean_predictor_mae_land_m`, `majority_land`, ...
+
+    The constant of a text is a typical one of the training texts: `typical_token_f1`.
+    """
+    if name.startswith(TEXT_FIGURES):
+        return f"typical_{name}"
     if name.startswith(("accuracy", "miou", "iou")):
         return f"majority_{name}".replace("_accuracy", "")
     return "mean_predictor_" + name.removeprefix("mean_")

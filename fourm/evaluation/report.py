@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from fourm.evaluation.gallery import Gallery
 from fourm.evaluation.matrix import Matrix, summary
-from fourm.evaluation.metrics import of_constant
+from fourm.evaluation.metrics import LOWER_IS_BETTER, of_constant
 
 INK = "#010203"  # stands for the page's text colour in drawings
 COLOURS = ("#3b76c4", "#d1603d", "#3f9a6b", "#9a6bb8", "#c29a2e", "#4aa3a8", "#b8527f", "#7a7f45")
@@ -26,7 +26,6 @@ STYLE: Any = {
     "axes.prop_cycle": cycler(linestyle=["-", "--"]) * cycler(color=COLOURS),
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "legend.labelcolor", "xtick.color", "ytick.color"), INK),
 }  # fmt: skip
-LOWER_IS_BETTER = ("mae", "mean_angle")
 
 
 def write_report(

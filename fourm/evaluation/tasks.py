@@ -2,6 +2,7 @@
 
 The model's one-pass distribution over the target's tokens is drawn from several times; the decoded draws are combined
 per pixel into the estimate that suits the figure (median of numbers, mean of probabilities, vectors and colours).
+Texts are written left to right, each time the likeliest id.
 """
 
 from __future__ import annotations
@@ -16,10 +17,16 @@ from tqdm import tqdm
 
 from fourm.evaluation.matrix import aligned_samples, chosen_rows, raw_sources, raw_targets
 from fourm.evaluation.metrics import COMBINE, CONSTANT, key, of_constant
+from fourm.evaluation.texts import readable, score_texts, typical
 from fourm.evaluation.tokenizers import reconstruct, score, unit
+from fourm.generation.decode import decode, unfold
+from fourm.generation.plan import Target, chain
+from fourm.generation.sampler import Sampler, from_samples
 from fourm.masking.transfer import transfer_batch
 from fourm.model.fourm import FourM
 from fourm.tokenization.autoencoder import ImageTokenizer
+
+TYPICAL_OF = 64  # training texts among which the typical one is chosen
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,8 @@ class Task:
 
     Args:
         source: Raw modality that is given.
-        target: Raw image-like modality that is predicted.
-        region: Also score only the pixels of this region of `TasksConfig.regions`.
+        target: Raw modality that is predicted.
+        region: Of an image-like target: also score only the pixels of this region of `TasksConfig.regions`.
     """
 
     source: str
@@ -107,6 +114,40 @@ def draw_pictures(
     return np.array(settings.values)[estimate] if settings.values else estimate
 
 
+@torch.inference_mode()
+def text_figures(
+    model: FourM,
+    tokenizer: Any,
+    samples: Sequence[Any],
+    known: Sequence[Any],
+    source: str,
+    target: str,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Figures of texts that the model writes, beside a typical text and what the tokenizer keeps of the truth.
+
+    The truth is what the tokens say.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: The target's.
+        samples: Token samples that hold `source` and `target`.
+        known: Values to choose the typical one from; default: the truths.
+        source: Model modality that is given.
+        target: Model modality (text) that is predicted.
+        batch_size: Samples per pass.
+    """
+    (truth,) = decode({target: [sample[target] for sample in samples]}, {target: tokenizer}).values()
+    plan, guesses = chain(model.space, [Target(target, temperature=0.0)]), list[Any]()
+    for start in range(0, len(samples), batch_size):
+        given = from_samples(model.space, samples[start : start + batch_size], [source])
+        guesses += decode(Sampler(model).generate(given, plan), {target: tokenizer})[target]
+    again = decode({target: tokenizer.encode(truth)}, {target: tokenizer})[target]
+    constant = score_texts(tokenizer, unfold(tokenizer, [typical(tokenizer, known or truth)]) * len(truth), truth)
+    scored: dict[str, Any] = {"n": len(samples), "bound": score_texts(tokenizer, again, truth)}
+    return scored | score_texts(tokenizer, guesses, truth) | {of_constant(k): v for k, v in constant.items()}
+
+
 def evaluate_tasks(
     model: FourM,
     tokenizers: Mapping[str, Any],
@@ -140,19 +181,28 @@ def evaluate_tasks(
         raise ValueError(f"tasks name the regions {sorted(map(str, unknown))}, known are {', '.join(config.regions)}")
     scenes, samples = aligned_samples(raw, tokens, min(config.n, len(tokens)), config.seed)
     training = [train[row] for row in chosen_rows(len(train), min(config.train_n, len(train)), config.seed)]
-    names = {task.target for task in tasks}
+    names = {task.target for task in tasks if model.space[targets[task.target]].kind == "grid"}
     rebuilt = {name: reconstruct(tokenizers[targets[name]], _stack(scenes, name))[0] for name in names}
     figures: dict[str, dict[str, Any]] = {}
     for task in tqdm(tasks, desc="tasks", unit="task"):
         tokenizer = tokenizers[targets[task.target]]
+        if task.target not in names:
+            texts = readable(tokenizer, [scene[task.target] for scene in training[:TYPICAL_OF]])
+            figures[f"{task.source}->{task.target}"] = text_figures(
+                model, tokenizer, samples, texts, sources[task.source], targets[task.target], config.batch_size
+            )
+            continue
         kind, truth, known = tokenizer.config.input.kind, _stack(scenes, task.target), _stack(training, task.target)
         guess = draw_pictures(model, tokenizer, samples, sources[task.source], targets[task.target], config)
         scored: dict[str, Any] = {"n": len(scenes), "bound": {}}
+        pixels = slice(-1 if kind == "features" else 3)  # a vector without a map is one pixel
         for region in dict.fromkeys(("", task.region or "")):
             modality, value = config.regions.get(region, (task.target, None))
+            if modality not in scenes[0]:  # other data have no such map
+                continue
             inside, inside_known = (
-                _stack(group, modality) == value if region else np.ones(pixels.shape[:3], bool)
-                for group, pixels in ((scenes, truth), (training, known))
+                _stack(group, modality) == value if region else np.ones(values.shape[pixels], bool)
+                for group, values in ((scenes, truth), (training, known))
             )
             constant = np.broadcast_to(CONSTANT[kind](known[inside_known]), truth.shape)
             for picture, name_of, into in (

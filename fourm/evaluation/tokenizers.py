@@ -13,16 +13,22 @@ import numpy as np
 import torch
 
 from fourm.evaluation.metrics import SCORES, codebook, key
+from fourm.evaluation.texts import score_texts
+from fourm.generation.decode import unfold
 from fourm.tokenization.autoencoder import ImageTokenizer
+from fourm.tokenization.inputs import InputConfig, resize_raw
 from fourm.tokenization.text import TextTokenizer
 
 
 @torch.inference_mode()
-def reconstruct(tokenizer: ImageTokenizer, pictures: np.ndarray, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def reconstruct(
+    tokenizer: ImageTokenizer, pictures: np.ndarray, batch_size: int = 64, valid: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Encodes and decodes raw pictures (B, H, W, ...): the decoded ones in raw units, and the ids (B, n)."""
     decoded, ids = [], []
     for start in range(0, len(pictures), batch_size):
-        ids.append(tokenizer.encode(pictures[start : start + batch_size]))
+        rows = slice(start, start + batch_size)
+        ids.append(tokenizer.encode(pictures[rows], *([] if valid is None else [valid[rows]])))
         decoded.append(tokenizer.decode(ids[-1]))
     return np.concatenate(decoded), torch.cat(ids).cpu().numpy()
 
@@ -52,7 +58,9 @@ def unit(tokenizer: ImageTokenizer) -> str:
     return {"metres": "m", "degrees": "deg"}.get(units, re.sub(r"\W+", "_", units.lower()))
 
 
-def evaluate_tokenizer(tokenizer: Any, dataset: Any, modality: str, n: int = 512, seed: int = 0) -> dict[str, float]:
+def evaluate_tokenizer(
+    tokenizer: Any, dataset: Any, modality: str, n: int = 512, seed: int = 0, mask: str = ""
+) -> dict[str, float]:
     """Figures of one tokenizer on held-out data.
 
     Args:
@@ -61,21 +69,30 @@ def evaluate_tokenizer(tokenizer: Any, dataset: Any, modality: str, n: int = 512
         modality: Raw modality that the tokenizer belongs to.
         n: Samples, at most.
         seed: Of their choice.
+        mask: Raw modality with the masks of valid pixels, which alone are encoded and scored; default: all pixels.
 
     Returns:
         `codebook_use` (share of codes that occur), `perplexity`, `vocab_size`, and for images the reconstruction in
         the modality's own unit (`psnr` and `ssim`, `mae_<unit>` and `delta1`, `mean_angle_deg`, `accuracy` and
         `miou`), for text `round_trip` (share of values that a second trip leaves as the first one did),
-        `unknown_share`, `tokens_mean` and `tokens_max`.
+        `unknown_share`, `tokens_mean`, `tokens_max` and what `TEXT_SCORES` has for its codec.
     """
     rows = np.random.default_rng(seed).permutation(len(dataset))[:n].tolist()
-    values = [dataset[row][modality] for row in rows]
+    samples = [dataset[row] for row in rows]
+    values = [sample[modality] for sample in samples]
     if isinstance(tokenizer, TextTokenizer):
         return _text_figures(tokenizer, values)
-    truth = np.stack(values)
-    decoded, ids = reconstruct(tokenizer, truth)
-    figures = {key(name, "", unit(tokenizer)): value for name, value in score(tokenizer, decoded, truth).items()}
-    return codebook(ids, tokenizer.vocab_size) | figures
+    truth, where = tokenizer.targets(values), None
+    if tokenizer.config.input.mask_value is not None:
+        where = np.isfinite(truth.reshape(*truth.shape[:3], -1)).all(-1)
+        if mask:
+            masks = [np.asarray(sample[mask], np.float32) for sample in samples]
+            where &= resize_raw(masks, where.shape[1:], InputConfig()) > 1 - 1e-6
+    decoded, ids = reconstruct(tokenizer, truth, valid=where)
+    figures = score(tokenizer, decoded, truth, where)
+    used = {name: float(value) for name, value in tokenizer.quantizer.use(torch.from_numpy(ids)).items()}
+    used["vocab_size"] = float(tokenizer.vocab_size)
+    return used | {key(name, "", unit(tokenizer)): value for name, value in figures.items()}
 
 
 def _text_figures(tokenizer: Any, values: Sequence[Any]) -> dict[str, float]:
@@ -89,4 +106,5 @@ def _text_figures(tokenizer: Any, values: Sequence[Any]) -> dict[str, float]:
         "unknown_share": float((ids == 1).mean()),
         "tokens_mean": float(np.mean(lengths)),
         "tokens_max": float(max(lengths)),
+        **score_texts(tokenizer, unfold(tokenizer, once), values),
     }

@@ -117,6 +117,20 @@ class Selection(NamedTuple):
     targets: Tokens
     contents: dict[str, np.ndarray]
 
+    @classmethod
+    def of_groups(cls, rows: Sequence[np.ndarray], groups: Sequence[Selection]) -> Selection:
+        """What is selected of several groups of samples; `rows` holds the numbers of each group's samples."""
+        moved = [
+            [tokens._replace(row=row[tokens.row]) for row, tokens in zip(rows, side, strict=True)]
+            for side in ([group.inputs for group in groups], [group.targets for group in groups])
+        ]
+        inputs, targets = map(Tokens.join, moved)
+        names = dict.fromkeys(name for group in groups for name in group.contents)
+        contents = {
+            name: np.concatenate([group.contents[name] for group in groups if name in group.contents]) for name in names
+        }
+        return cls(inputs, targets, contents)
+
     def __or__(self, other: Selection) -> Selection:
         """This and what is selected of other modalities."""
         inputs, targets = Tokens.join([self.inputs, other.inputs]), Tokens.join([self.targets, other.targets])

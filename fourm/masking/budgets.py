@@ -110,6 +110,7 @@ class Mixture:
         self.limit = np.array([row.length if row.grid else row.max_tokens for row in space.modalities.values()])
         self.is_grid = space.is_grid
         self._asks = self.alpha[:, 1] * [row.predicted for row in space.modalities.values()]  # (C, K)
+        self._gives = self.alpha[:, 0]  # (C, K)
         self._philox = np.random.Philox(key=np.array([config.seed, PHILOX_DOMAIN], dtype=np.uint64))
         self._start = self._philox.state
 
@@ -138,9 +139,12 @@ class Mixture:
         return Budgets(component, given, asked, keep)
 
     def _choose(self, present: np.ndarray, chance: np.ndarray) -> np.ndarray:
-        """(B,) components; one that could ask for nothing the sample has is chosen only if all are like that."""
-        weight = np.where(present.astype(float) @ self._asks.T > 0, self.weight, 0)  # (B, C)
-        weight[weight.sum(axis=1) == 0] = self.weight
+        """(B,) components; one that gives or asks only what the sample lacks is chosen only if all are like that."""
+        has = present.astype(float)
+        asks, gives = has @ self._asks.T > 0, (has @ self._gives.T > 0) | ~self._gives.any(axis=1)  # (B, C)
+        weight = np.where(asks & gives, self.weight, 0)
+        for allowed in (asks, np.ones_like(asks)):
+            weight = np.where(weight.any(axis=1, keepdims=True), weight, np.where(allowed, self.weight, 0))
         ends = weight.cumsum(axis=1)
         return (chance[:, None] * ends[:, -1:] < ends).argmax(axis=1)
 

@@ -20,16 +20,16 @@ class Sequences:
     Attributes:
         row: (R,) number of the sample in the batch.
         mod: (R,) modality number.
-        ids: (R, T) ids of a text; for vectors rows of `vectors` (0 stands for a masked run).
+        ids: (R, T) ids of a text; for vectors their number in `vectors`, from 1 (0 stands for a masked run).
         length: (R,) valid tokens.
-        vectors: Per `vectors` modality a row of zeros and the vectors of the whole batch, (1 + n, dim) float32.
+        vectors: Per `vectors` modality those of each sample, (length, dim).
     """
 
     row: np.ndarray
     mod: np.ndarray
     ids: np.ndarray
     length: np.ndarray
-    vectors: dict[str, np.ndarray]
+    vectors: dict[str, list[np.ndarray]]
 
     @property
     def valid(self) -> np.ndarray:
@@ -91,14 +91,34 @@ def sequences(space: TokenSpace, samples: Sequence[Sample], names: Sequence[str]
         rows, values = contents(samples, name, space)
         lengths = np.array([len(value) for value in values], dtype=np.int64)
         if space[name].kind == "vectors":
-            vectors[name] = np.concatenate([np.zeros((1, space[name].dim)), *values], dtype=np.float32)
-            values = [np.arange(1, len(vectors[name]))]
+            vectors[name], values = values, [np.arange(1, 1 + lengths.sum())]
         flat = np.concatenate([nothing, *values], dtype=np.int64)
         columns.append((np.array(rows, dtype=np.int64), np.full(len(rows), space.number[name]), lengths, flat))
     row, mod, length, flat = (np.concatenate(column) for column in zip(*columns, strict=True))
     ids = np.zeros((len(length), length.max(initial=0) + 1), dtype=np.int64)  # one more, for the end token
     ids[np.arange(ids.shape[1]) < length[:, None]] = flat
     return Sequences(row, mod, ids, length, vectors)
+
+
+def gather(vectors: list[np.ndarray], numbers: np.ndarray, dim: int) -> np.ndarray:
+    """Some of the vectors of a batch, without touching the others.
+
+    Args:
+        vectors: Those of each sample, (length, dim).
+        numbers: (K,), from 1 through all samples; 0 for a vector of zeros.
+        dim: Width of a vector.
+
+    Returns:
+        (K, dim) float32.
+    """
+    rows = np.zeros((len(numbers), dim), dtype=np.float32)
+    ends = np.cumsum([len(each) for each in vectors], dtype=np.int64)
+    place = np.flatnonzero(numbers)
+    sample = ends.searchsorted(numbers[place])
+    for number in np.unique(sample):
+        own = place[sample == number]
+        rows[own] = vectors[number][numbers[own] - 1 - (ends[number] - len(vectors[number]))]
+    return rows
 
 
 def finish(space: TokenSpace, raw: Sequences) -> Sequences:
@@ -139,14 +159,17 @@ def cut_patches(
     if not len(row):
         return np.zeros((0, modality.width), dtype=np.float32)
     size = (high * side, wide * side, channels)
-    rows, index = np.unique(row, return_inverse=True)
-    for sample in (samples[row] for row in rows):
+    patches = np.empty((len(row), side, side, channels), dtype=np.float32)
+    numbers, starts = np.unique(row, return_index=True)
+    for number, start, stop in zip(numbers.tolist(), starts, [*starts[1:], len(row)], strict=True):
+        sample, own = samples[number], slice(start, stop)
         image = sample[name]
         if image.dtype != np.uint8 or image.shape not in (size, size[:2] if channels == 1 else size):
             found = f"{image.dtype} of shape {image.shape}"
             raise ValueError(f"sample {sample.get('__key__', '?')!r}: {name} is {found}, expected a uint8 image {size}")
-    grids = np.stack([samples[row][name] for row in rows]).reshape(-1, high, side, wide, side, channels)
+        cut = image.reshape(high, side, wide, side, channels)
+        patches[own] = cut[cell[own] // wide, :, cell[own] % wide]
     mean, deviation = np.asarray(modality.mean, dtype=np.float32), np.asarray(modality.std, dtype=np.float32)
-    patches = grids[index, cell // wide, :, cell % wide] * (1 / (255 * deviation))
+    patches *= 1 / (255 * deviation)
     patches -= mean / deviation
     return patches.reshape(len(row), -1)

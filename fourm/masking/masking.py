@@ -9,7 +9,7 @@ import numpy as np
 
 from fourm.masking.batch import MaskedBatch, Selection, Tokens, assemble
 from fourm.masking.budgets import Budgets, MaskingConfig, Mixture
-from fourm.masking.collect import Sample, Sequences, cut_patches, finish, grid_ids, keys_of, present, sequences
+from fourm.masking.collect import Sample, Sequences, cut_patches, finish, gather, grid_ids, keys_of, present, sequences
 from fourm.masking.hashing import mix, stream, uniform
 from fourm.masking.spans import keep_within, next_token_pairs, span_inputs, span_targets
 from fourm.modalities import Modality, TokenSpace
@@ -53,11 +53,14 @@ class Masker:
             ValueError: An id outside of its vocabulary or an unfit image; names the sample. (`TokenDataset` has checked
                 all that already.)
         """
+        return assemble(self.space, keys_of(samples), self.select(samples, draws), self.mixture.widths)
+
+    def select(self, samples: Sequence[Sample], draws: Sequence[tuple[int, int]]) -> Selection:
+        """What is given and asked of B samples; arguments and errors as those of a call."""
         epoch, index = np.array(draws, dtype=np.int64).reshape(-1, 2).T
         keys = self.mixture.keys(epoch, index)
         budgets = self.mixture.draw(present(samples, self.space.names), epoch, index)
-        selection = self._mask_grids(samples, budgets, keys) | self._mask_sequences(samples, budgets, keys)
-        return assemble(self.space, keys_of(samples), selection, self.mixture.widths)
+        return self._mask_grids(samples, budgets, keys) | self._mask_sequences(samples, budgets, keys)
 
     def _mask_grids(self, samples: Sequence[Sample], budgets: Budgets, keys: np.ndarray) -> Selection:
         numbers = [self.space.number[name] for name in self._grids]
@@ -78,6 +81,30 @@ class Masker:
         kept = keep_within(whole.valid, unit, keep, most_given, mix(keys + KEEPING))
         draw = uniform(mix(keys + SENTINEL), 1)[:, 0]
         return select_spans(self.space, whole, kept, most_given > 0, most_asked, draw)
+
+
+class MixedMasker:
+    """Masks every sample as its data set is masked; the `collate` of a mixture.
+
+    Args:
+        maskers: One for each data set, of the same token space.
+        ends: Where the samples of each data set end, as the mixture numbers them.
+    """
+
+    def __init__(self, maskers: Sequence[Masker], ends: Sequence[int]):
+        self.maskers, self.ends = list(maskers), np.array(ends)
+        self.widths = np.max([masker.mixture.widths for masker in self.maskers], axis=0).tolist()
+
+    def __call__(self, samples: Sequence[Sample], draws: Sequence[tuple[int, int]]) -> MaskedBatch:
+        """Masks B samples; as `Masker`."""
+        number = self.ends.searchsorted([index for _, index in draws], side="right")
+        rows = [np.flatnonzero(number == each) for each in np.unique(number)]  # of each data set
+        groups = [
+            self.maskers[number[own[0]]].select([samples[i] for i in own.tolist()], [draws[i] for i in own.tolist()])
+            for own in rows
+        ]
+        space = self.maskers[0].space
+        return assemble(space, keys_of(samples), Selection.of_groups(rows, groups), self.widths)
 
 
 def select_cells(
@@ -126,7 +153,7 @@ def select_spans(
     contents = {}
     for name, vectors in whole.vectors.items():
         own = inputs.mod == space.number[name]
-        contents[name] = vectors[np.where(sentinel[own], 0, value[own])]
+        contents[name] = gather(vectors, np.where(sentinel[own], 0, value[own]), space[name].dim)
     most = np.where(is_text, asked, 0)
     sequence, position, fed, value = next_token_pairs(
         *span_targets(whole.ids, whole.valid, kept, first_sentinel, most, draw)

@@ -8,6 +8,7 @@ from pathlib import Path
 from fourm.checkpoint import resolve
 from fourm.tokenization.autoencoder import ImageTokenizer
 from fourm.tokenization.official import load_official
+from fourm.tokenization.structured import CODECS_OF_4M
 from fourm.tokenization.text import TextTokenizer
 
 AnyTokenizer = ImageTokenizer | TextTokenizer
@@ -22,8 +23,10 @@ def load_tokenizer(path_or_id: str | Path, domain: str | None = None) -> AnyToke
     """Loads a tokenizer from a folder or a Hugging Face hub id, ours or one of apple/ml-4m.
 
     Args:
-        path_or_id: A folder, `owner/name[@revision]`, or a checkpoint file of 4M.
-        domain: Modality of a tokenizer of 4M, such as `depth`; default: what its name or its arguments say.
+        path_or_id: A folder, `owner/name[@revision]`, a checkpoint file of 4M, or a folder with nothing but 4M's
+            WordPiece file.
+        domain: Modality of a tokenizer of 4M, such as `depth`; default: what its name or its arguments say. With the
+            WordPiece file: a text modality of 4M, such as `det`; default: captions.
 
     Raises:
         ValueError: There is no such folder or repository, or it holds no tokenizer that we know.
@@ -32,6 +35,9 @@ def load_tokenizer(path_or_id: str | Path, domain: str | None = None) -> AnyToke
     config = path / "config.json"
     content = json.loads(config.read_text()) if config.is_file() else {}
     weights = [*path.glob("*.safetensors"), *path.glob("*.pth")]
+    pieces = list(path.glob("*tokenizer*.json"))
+    if len(pieces) == 1 and not content and not weights:
+        return TextTokenizer.from_file(pieces[0], CODECS_OF_4M.get(domain or "caption"))
     if path.is_file() or "enc_type" in content or (weights and not content):
         return load_official(path, str(path_or_id), domain)
     if not content:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fourm.tokenization.losses import LOSSES
+from fourm.tokenization.losses import LOSSES, per_image
 from fourm.tokenization.unet import UNETS, PatchedUNet
 
 SCHEDULERS = {
@@ -42,27 +42,36 @@ class Denoiser(Protocol):
         """(B, C, H, W) to (B, C, H, W)."""
 
 
-def build_denoiser(name: str, channels: int, cond_channels: int, conditioning: str = "concat",
-                   dropout: float = 0.0) -> nn.Module:  # fmt: skip
+def build_denoiser(name: str, channels: int, cond_channels: int, conditioning: str = "concat", dropout: float = 0.0,
+                   options: dict[str, Any] | None = None) -> nn.Module:  # fmt: skip
     """A decoder by its name in official configs (`dec_type`).
 
     Args:
-        name: A name in `UNETS` or `fourm.tokenization.uvit.UVITS`.
+        name: A name in `UNETS` or `fourm.tokenization.uvit.UVITS`, or `controlnet`.
         channels: Channels of the image.
         cond_channels: Channels of the condition.
         conditioning: `concat` or `xattn`, for a UViT.
         dropout: Within the transformer of a UViT.
+        options: Other arguments of the class, in the place of those the name stands for.
 
     Raises:
-        ValueError: There is no decoder of this name.
+        ValueError: There is no decoder of this name, or it has no such argument.
     """
-    if name in UNETS:
-        return PatchedUNet(channels, cond_channels, **UNETS[name])
-    from fourm.tokenization.uvit import UVITS, UViT
+    options = options or {}
+    try:
+        if name in UNETS:
+            return PatchedUNet(channels, cond_channels, **UNETS[name] | options)
+        from fourm.tokenization.uvit import UVITS, UViT
 
-    if name not in UVITS:
-        raise ValueError(f"diffusion decoder is {name!r}, allowed are {', '.join([*UNETS, *UVITS])}")
-    return UViT(channels, cond_channels, **UVITS[name], conditioning=conditioning, dropout=dropout)
+        if name in UVITS:
+            return UViT(channels, cond_channels, **UVITS[name] | options, conditioning=conditioning, dropout=dropout)
+        if name == "controlnet":
+            from fourm.tokenization.controlnet import ControlNetDecoder
+
+            return ControlNetDecoder(cond_channels, **options)
+    except TypeError as error:
+        raise ValueError(f"denoiser {name!r} does not take denoiser_options {dict(options)}: {error}") from error
+    raise ValueError(f"diffusion decoder is {name!r}, allowed are {', '.join([*UNETS, *UVITS, 'controlnet'])}")
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,10 @@ class DiffusionConfig:
         masked_cfg: Mask a random number of cells of those images instead of all.
         masked_cfg_low: Fewest such cells.
         masked_cfg_high: Most such cells; None for all.
+        beta_start: Of the schedules `linear`, `scaled_linear` and `sigmoid`.
+        beta_end: Of the same.
+        steps: Of sampling, unless `Diffusion.sample` is told otherwise.
+        guidance: Of sampling, likewise.
     """
 
     num_train_timesteps: int = 1000
@@ -96,6 +109,10 @@ class DiffusionConfig:
     masked_cfg: bool = False
     masked_cfg_low: int = 0
     masked_cfg_high: int | None = None
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    steps: int = 50
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         _one_of("scheduler", self.scheduler, SCHEDULERS)
@@ -127,7 +144,7 @@ def _signal(config: DiffusionConfig) -> Tensor:
         return signal
     from diffusers import DDPMScheduler
 
-    table: Any = DDPMScheduler(config.num_train_timesteps, beta_schedule=config.beta_schedule,
+    table: Any = DDPMScheduler(config.num_train_timesteps, config.beta_start, config.beta_end, config.beta_schedule,
                                rescale_betas_zero_snr=config.zero_terminal_snr)  # fmt: skip
     return table.alphas_cumprod
 
@@ -181,7 +198,8 @@ class Diffusion:
         return mask.unflatten(1, size).to(condition.device)
 
     def loss(self, decoder: Denoiser, clean: Tensor, condition: Tensor, loss: str = "mse",
-             generator: torch.Generator | None = None, resolution: Tensor | None = None) -> Tensor:  # fmt: skip
+             generator: torch.Generator | None = None, resolution: Tensor | None = None,
+             valid: Tensor | None = None) -> Tensor:  # fmt: skip
         """Training loss at random timesteps, a scalar.
 
         Args:
@@ -191,13 +209,14 @@ class Diffusion:
             loss: A name in `LOSSES`.
             generator: Source of timesteps, noise and masks.
             resolution: (B, 2), for decoders that embed it.
+            valid: (B, H, W), true where pixels count; default: all.
         """
         device = generator.device if generator else clean.device
         timesteps = torch.randint(len(self.signal), (len(clean),), generator=generator, device=device).to(clean.device)
         noise = torch.randn(clean.shape, generator=generator, device=device).to(clean)
         mask = self.condition_mask(condition, generator)
         output = decoder(self.add_noise(clean, noise, timesteps), timesteps, condition, mask, resolution)
-        return LOSSES[loss](output, self.target(clean, noise, timesteps)).mean()
+        return per_image(LOSSES[loss](output.float(), self.target(clean, noise, timesteps)), valid).mean()
 
     def timesteps(self, steps: int, spacing: str) -> list[int]:
         """The timesteps that sampling in so many steps visits, largest first (Lin et al. 2023, table 2).
@@ -255,8 +274,8 @@ class Diffusion:
         decoder: Denoiser,
         condition: Tensor,
         size: tuple[int, int],
-        steps: int | Sequence[int] = 50,
-        guidance: float = 1.0,
+        steps: int | Sequence[int] | None = None,
+        guidance: float | None = None,
         *,
         scheduler: str | None = None,
         spacing: Literal["trailing", "leading", "linspace"] | None = None,
@@ -272,9 +291,9 @@ class Diffusion:
             decoder: A trained decoder, in eval mode.
             condition: (B, D, h, w).
             size: H and W in pixels.
-            steps: Number of steps, or the timesteps to visit, largest first.
+            steps: Number of steps, or the timesteps to visit, largest first; default: the config's.
             guidance: 1 for none; above 1 the result leans away from what the decoder gives with every cell masked (Ho &
-                Salimans 2022). It needs a decoder trained with `cls_free_guidance_dropout`.
+                Salimans 2022); default: the config's. It needs a decoder trained with `cls_free_guidance_dropout`.
             scheduler: Another solver than the config's.
             spacing: See `timesteps`; default `trailing`, for ddpm `leading` as in 4M.
             cond_mask: (B, h, w), true where the condition is to be ignored.
@@ -289,7 +308,8 @@ class Diffusion:
         Raises:
             ValueError: See `timesteps` and `solver`.
         """
-        scheduler = scheduler or self.config.scheduler
+        scheduler, steps = scheduler or self.config.scheduler, steps or self.config.steps
+        guidance = self.config.guidance if guidance is None else guidance
         if isinstance(steps, int):
             steps = self.timesteps(steps, spacing or ("leading" if scheduler == "ddpm" else "trailing"))
         solver, batch, device = self.solver(steps, scheduler), len(condition), condition.device

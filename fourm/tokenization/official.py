@@ -16,9 +16,10 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from fourm.checkpoint import read_official
-from fourm.tokenization.autoencoder import ImageTokenizer, InputConfig, TokenizerConfig
+from fourm.tokenization.autoencoder import ImageTokenizer, TokenizerConfig
 from fourm.tokenization.backbones import BackboneConfig
 from fourm.tokenization.diffusion import SCHEDULERS, DiffusionConfig
+from fourm.tokenization.inputs import InputConfig
 from fourm.tokenization.quantizers import QuantizerConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -3,7 +3,8 @@
 FSQ (Mentzer et al. 2023) needs no codebook and is the default; LFQ (Yu et al. 2023) and SimVQ (Zhu et al. 2024) scale
 to large vocabularies: these wrap a layer of `vector-quantize-pytorch`. VQ learns its codes by moving averages and
 replaces codes that nothing falls on, which suits fields that are mostly empty, and memcodes picks values by their keys
-from several codebooks at once: these two update and decode as 4M's tokenizers do, where the library differs.
+from several codebooks at once: these two update and decode as 4M's tokenizers do, where the library differs. Residual
+quantizers (Zeghidour et al. 2021), again the library's, give several tokens per latent: each for what the last left.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vector_quantize_pytorch import FSQ, LFQ, SimVQ
+from vector_quantize_pytorch import FSQ, LFQ, ResidualFSQ, ResidualVQ, SimVQ
 
 KMEANS_STEPS = 10
 
@@ -27,22 +28,23 @@ class QuantizerConfig:
     """How latents become ids.
 
     Args:
-        type: One of `fsq`, `vq`, `lfq`, `simvq`, `memcodes`.
-        levels: Values per latent dimension (fsq); the vocabulary is their product.
-        codebook_size: Number of codes (vq, simvq, memcodes; a power of two for lfq).
-        codebooks: Codebooks that each give a token for their part of the latent (memcodes).
-        dim: Width of the latent (vq, simvq, memcodes).
+        type: One of `fsq`, `vq`, `lfq`, `simvq`, `memcodes`, `residual_vq`, `residual_fsq`.
+        levels: Values per latent dimension (fsq, residual_fsq); the vocabulary is their product.
+        codebook_size: Number of codes (vq, simvq, memcodes, residual_vq; a power of two for lfq).
+        codebooks: Codebooks that each give a token: for their part of the latent (memcodes), or for what those before
+            left of it (residual).
+        dim: Width of the latent (vq, simvq, memcodes, residual_vq).
         cosine: Compare directions only (vq).
-        decay: Of the moving averages of the codes (vq).
-        dead_code: A code whose moving average of hits a step falls below this is replaced (vq).
+        decay: Of the moving averages of the codes (vq, residual_vq).
+        dead_code: A code whose moving average of hits a step falls below this is replaced (vq, residual_vq).
         replace: By what: `batch_random`, a random latent, or `linde_buzo_gray`, one half of a much used code (vq).
-        kmeans: Start from k-means over the latents of the first step (vq).
+        kmeans: Start from k-means over the latents of the first step (vq, residual_vq).
         unit_loss: Take latents at unit length in the quantizer's own loss and gradient (vq with cosine).
         sync: Update from the latents of all processes, not from each one's own (vq).
-        weight: Of the quantizer's own loss: commitment (vq, simvq) or commitment and entropy (lfq).
+        weight: Of the quantizer's own loss: commitment (vq, simvq, residual_vq) or commitment and entropy (lfq).
     """
 
-    type: Literal["fsq", "vq", "lfq", "simvq", "memcodes"] = "fsq"
+    type: Literal["fsq", "vq", "lfq", "simvq", "memcodes", "residual_vq", "residual_fsq"] = "fsq"
     levels: tuple[int, ...] = (8, 8, 8)
     codebook_size: int = 512
     codebooks: int = 1
@@ -59,24 +61,54 @@ class QuantizerConfig:
     def __post_init__(self) -> None:
         if self.type not in QUANTIZERS:
             raise ValueError(f"quantizer type is {self.type!r}, allowed are {', '.join(QUANTIZERS)}")
-        if self.type == "fsq" and (not self.levels or min(self.levels) < 3):
+        if self.type.endswith("fsq") and (not self.levels or min(self.levels) < 3):
             raise ValueError(f"levels is {list(self.levels)}, expected at least one number, each 3 or more")
         if self.type == "lfq" and self.codebook_size & (self.codebook_size - 1):
             raise ValueError(f"codebook_size is {self.codebook_size}, lfq needs a power of two")
-        if self.codebooks != 1 and (self.type != "memcodes" or self.codebooks < 1 or self.dim % self.codebooks):
-            raise ValueError(f"codebooks is {self.codebooks}, expected 1, or with memcodes a divisor of dim {self.dim}")
+        several = self.type.startswith("residual") or (self.type == "memcodes" and not self.dim % self.codebooks)
+        if self.codebooks < 1 or (self.codebooks > 1 and not several):
+            raise ValueError(f"codebooks is {self.codebooks}, expected 1, with memcodes a divisor of dim {self.dim}, "
+                             "or with a residual quantizer any number above 0")  # fmt: skip
         if self.replace not in ("batch_random", "linde_buzo_gray"):
             raise ValueError(f"replace is {self.replace!r}, allowed are batch_random, linde_buzo_gray")
 
     @property
     def vocab_size(self) -> int:
         """Number of ids."""
-        return math.prod(self.levels) if self.type == "fsq" else self.codebook_size
+        return math.prod(self.levels) if self.type.endswith("fsq") else self.codebook_size
 
     @property
     def latent_dim(self) -> int:
         """Width of the latent that is quantized."""
-        return {"fsq": len(self.levels), "lfq": self.codebook_size.bit_length() - 1}.get(self.type, self.dim)
+        if self.type.endswith("fsq"):
+            return len(self.levels)
+        return self.codebook_size.bit_length() - 1 if self.type == "lfq" else self.dim
+
+
+class Residual(nn.Module):
+    """The library's residual quantizers behind the calls of the others: h codebooks, latents of d dimensions."""
+
+    def __init__(self, config: QuantizerConfig):
+        super().__init__()
+        self.layer: Any
+        if config.type == "residual_fsq":
+            self.layer = ResidualFSQ(levels=list(config.levels), num_quantizers=config.codebooks)
+        else:
+            self.layer = ResidualVQ(
+                dim=config.dim, num_quantizers=config.codebooks, codebook_size=config.codebook_size,
+                decay=config.decay, kmeans_init=config.kmeans, threshold_ema_dead_code=config.dead_code,
+                commitment_weight=config.weight,
+            )  # fmt: skip
+        self.codebooks = config.codebooks
+
+    def forward(self, z: Tensor) -> tuple[Tensor, ...]:
+        """(B, n, d) to quantized latents (B, n, d), ids (B, h * n), codebook by codebook, and perhaps losses."""
+        quantized, ids, *losses = self.layer(z)
+        return quantized, ids.transpose(1, 2).flatten(1), *losses
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Latents (B, n, d) of ids (B, h * n)."""
+        return self.layer.get_output_from_indices(ids.unflatten(1, (self.codebooks, -1)).transpose(1, 2))
 
 
 class EMACodebook(nn.Module):
@@ -249,6 +281,8 @@ QUANTIZERS: dict[str, Callable[[QuantizerConfig], nn.Module]] = {
     ),
     "simvq": lambda config: SimVQ(dim=config.dim, codebook_size=config.codebook_size, commitment_weight=config.weight),
     "memcodes": Memcodes,
+    "residual_vq": Residual,
+    "residual_fsq": Residual,
 }
 
 
@@ -260,7 +294,7 @@ class Quantizer(nn.Module):
         self.config = config
         self.layer: Any = QUANTIZERS[config.type](config)
         # Fixed levels stay unused unless the latents spread over them; a learned codebook follows the latents.
-        fixed = config.type in ("fsq", "lfq")
+        fixed = config.type in ("fsq", "lfq", "residual_fsq")
         self.norm = nn.BatchNorm1d(config.latent_dim, affine=False) if fixed else nn.Identity()
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,5 +313,16 @@ class Quantizer(nn.Module):
 
     def codes(self, ids: Tensor) -> Tensor:
         """Latents (B, n, d) of ids (B, h * n): exactly what `forward` returned for them."""
-        own = isinstance(self.layer, EMACodebook | Memcodes)
-        return self.layer.decode(ids) if own else self.layer.indices_to_codes(ids)
+        if isinstance(self.layer, FSQ | LFQ | SimVQ):
+            return self.layer.indices_to_codes(ids)
+        return self.layer.decode(ids)
+
+    @torch.no_grad()
+    def use(self, ids: Tensor) -> dict[str, Tensor]:
+        """Of ids (B, h * n): the share of codes that occur and the perplexity, means over codebooks (scalars)."""
+        books, size = self.config.codebooks, self.config.vocab_size
+        first = size * torch.arange(books, device=ids.device)[:, None]
+        counts = torch.bincount((ids.unflatten(1, (books, -1)) + first).flatten(), minlength=books * size)
+        share = counts.view(books, size) / (ids.numel() / books)
+        entropy = torch.special.entr(share).sum(1)
+        return {"codebook_use": (share > 0).float().mean(), "perplexity": entropy.exp().mean()}

@@ -22,6 +22,7 @@ BOX = r"v0=(\d{1,9})\s+v1=(\d{1,9})\s+v2=(\d{1,9})\s+v3=(\d{1,9})\b"
 WORD = r"\s+v\d=\d{1,9}\b"
 NAME = r"((?:(?!v\d=).)+)"  # up to the next number
 EMPTY = "none"
+SAM_SIZE = (224, 224)  # height and width, in pixels, of what points and boxes of SAM's instances refer to
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,14 @@ class CodecConfig:
         codec: A name in `CODECS`.
         bins: Bins per number; default: 4M's. A palette is exact with 256.
         fields: Smallest and largest value of each number, by name; the order gives the type ids (metadata).
+        inner: Tokenizer of the ids that stand within values (people's poses, SAM's masks): a folder below the
+            tokenizers' root or a Hugging Face hub id; default: none, and ids stay ids.
     """
 
     codec: str
     bins: int = 0
     fields: dict[str, tuple[float, float]] = field(default_factory=dict)
+    inner: str = ""
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -225,7 +229,7 @@ class PosesCodec(CaptionCodec):
 class InstancesCodec(CaptionCodec):
     """SAM's instances: `point v0=<y> v1=<x>` and what is there, `polygon <box> <16 ids>` each, or `none`.
 
-    Points and boxes are in pixels.
+    Points and boxes are in pixels of a view of `SAM_SIZE`.
     """
 
     default_bins = 1000
@@ -371,4 +375,14 @@ CODECS: dict[str, type[CaptionCodec]] = {
     "boxes": BoxesCodec,
     "human_poses": PosesCodec,
     "sam_instances": InstancesCodec,
+}
+
+# How the text modalities of 4M are written, by name; its one WordPiece file does not say.
+CODECS_OF_4M: dict[str, CodecConfig] = {
+    "caption": CodecConfig("caption"),
+    "det": CodecConfig("boxes"),
+    "metadata": CodecConfig("metadata_21"),
+    "color_palette": CodecConfig("palette"),
+    "human_poses": CodecConfig("human_poses", inner="EPFL-VILAB/4M_tokenizers_human-poses_1k_8"),
+    "sam_instance": CodecConfig("sam_instances", inner="EPFL-VILAB/4M_tokenizers_sam-instance_1k_64"),
 }

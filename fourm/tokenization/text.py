@@ -71,6 +71,9 @@ class TextTokenizer:
         tokenizer: A fitted WordPiece, shared by all text modalities.
         codec: How values are written as text.
 
+    Attributes:
+        inner: Tokenizer of the ids within the values, where there is one (`CodecConfig.inner`).
+
     Raises:
         ValueError: The codec has more bins than the tokenizer has number words.
     """
@@ -81,6 +84,7 @@ class TextTokenizer:
         self.codec = CODECS[codec.codec](codec)
         self.vocab_size = tokenizer.get_vocab_size()
         self.grid = None
+        self.inner: Any = None
         largest = max(codec.bins, len(codec.fields)) - 1
         if codec.codec != "caption" and tokenizer.token_to_id(f"v0={largest}") is None:
             raise ValueError(f"{codec.codec} needs the number word 'v0={largest}', which this text tokenizer lacks")

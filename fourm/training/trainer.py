@@ -345,13 +345,19 @@ class Trainer:
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """The mean of the weights over updates; its decay rises to `decay`, so that short runs forget their start."""
+    """The mean over updates of the weights and of what else a model learns, such as codebooks.
+
+    Its decay rises to `decay`, so that short runs forget their start.
+    """
 
     def follow(averages: Any, weights: Any, updates: Tensor | int) -> None:
         kept = min(decay, (1 + int(updates)) / (10 + int(updates)))
-        torch._foreach_lerp_(averages, weights, 1 - kept)
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, weights, 1 - kept)
+        else:  # counters and the like
+            torch._foreach_copy_(averages, weights)
 
-    return AveragedModel(model, multi_avg_fn=follow)
+    return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
 
 
 class Window:

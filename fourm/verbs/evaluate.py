@@ -9,7 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fourm import runtime
-from fourm.data.shards import ShardDataset, TokenDataset
+from fourm.data.shards import ShardDataset
+from fourm.data.tokens import TokenDataset
 from fourm.evaluation.matrix import any_to_any
 from fourm.evaluation.tasks import TasksConfig, evaluate_tasks
 from fourm.evaluation.tokenizers import evaluate_tokenizer

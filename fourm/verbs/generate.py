@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from fourm.data.shards import EXTENSIONS, extension_of
+from fourm.data.transforms import Picture, View, centre_crop
 from fourm.generation.decode import decode, picture
 from fourm.generation.plan import Target, chain
 from fourm.generation.sampler import Given, Sampler, from_samples
-from fourm.modalities import TokenSpace
+from fourm.modalities import Modality, TokenSpace
 from fourm.model.fourm import FourM
 from fourm.tokenization.encode import encode_samples, load_tokenizers, source_of
 
@@ -30,6 +33,7 @@ class Config:
         output: Folder for the results.
         num_samples: Variations.
         seed: Of the draws.
+        decode_steps: Steps of diffusion decoders.
     """
 
     model: str
@@ -39,6 +43,7 @@ class Config:
     output: str = "runs/generated"
     num_samples: int = 1
     seed: int = 0
+    decode_steps: int = 50
 
 
 def run(config: Config) -> None:
@@ -49,12 +54,13 @@ def run(config: Config) -> None:
     unknown = sorted(set(config.given) - set(names))
     if unknown:
         raise ValueError(f"given {', '.join(unknown)}: allowed are {', '.join(names)}")
-    raw = {name: read(value) for name, value in config.given.items()}
+    raw = {name: fitted(read(value), model.space[names[name]]) for name, value in config.given.items()}
     space = model.space.subset([names[name] for name in raw]) if raw else None
     known = encode_given(raw, space, tokenizers) if space else {}
     plan = chain(model.space, config.targets)
     ids = Sampler(model).generate(known, plan, seed=config.seed, num_samples=config.num_samples)
-    values = decode(ids, tokenizers)
+    noise = torch.Generator().manual_seed(config.seed)
+    values = decode(ids, tokenizers, steps=config.decode_steps, generator=noise)
 
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -62,13 +68,30 @@ def run(config: Config) -> None:
         for number, value in enumerate(results):
             extension = extension_of(value)
             (output / f"{name}-{number}.{extension}").write_bytes(EXTENSIONS[extension].encode(value))
-    rows = [
-        [picture(tokenizers.get(names[name]), value) for name, value in raw.items()]
-        + [picture(tokenizers[name], results[number]) for name, results in values.items()]
-        for number in range(config.num_samples)
-    ]
+    rows = []
+    for number in range(config.num_samples):
+        drawn = [(tokenizers.get(names[name]), value) for name, value in raw.items()]
+        drawn += [(tokenizers[name], results[number]) for name, results in values.items()]
+        below = next((value for tokenizer, value in drawn if is_photo(tokenizer, value)), None)
+        rows.append([picture(tokenizer, value, background=below) for tokenizer, value in drawn])
     sheet([*raw, *values], rows).save(output / "picture.png")
     print(f"{output}: {config.num_samples} x {', '.join(values)}, and picture.png")
+
+
+def fitted(value: Any, row: Modality) -> Any:
+    """Pixels in the size that the model takes, of others the middle square; other values as they are."""
+    if row.kind != "patches" or not row.grid or not isinstance(value, np.ndarray):
+        return value
+    size, (height, width) = (row.grid[0] * row.patch_size, row.grid[1] * row.patch_size), value.shape[:2]
+    if (height, width) == size:
+        return value
+    return Picture(size)(value, View(centre_crop(height, width), height, width))
+
+
+def is_photo(tokenizer: Any, value: Any) -> bool:
+    """Whether boxes, people and the like can be drawn over a value."""
+    kind = "image" if tokenizer is None else getattr(getattr(tokenizer.config, "input", None), "kind", "")
+    return kind == "image" and isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3
 
 
 def encode_given(raw: Mapping[str, Any], space: TokenSpace, tokenizers: Mapping[str, Any]) -> dict[str, Given]:
@@ -91,15 +114,14 @@ def read(value: str) -> Any:
     return EXTENSIONS[extension].decode(path.read_bytes())
 
 
-def sheet(titles: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Pictures in rows under the titles of their columns."""
-    widths = [max(row[column].width for row in rows) for column in range(len(titles))]
-    heights = [max(image.height for image in row) for row in rows]
-    page = Image.new("RGB", (sum(widths) + 8 * len(widths), sum(heights) + 8 * len(heights) + 20), "white")
-    draw = ImageDraw.Draw(page)
-    for column, title in enumerate(titles):
-        x = sum(widths[:column]) + 8 * column
-        draw.text((x, 4), title, fill="black")
-        for number, row in enumerate(rows):
-            page.paste(row[column], (x, 20 + sum(heights[:number]) + 8 * number))
+def sheet(titles: Sequence[str], rows: Sequence[Sequence[Image.Image]], across: int = 9) -> Image.Image:
+    """Pictures in rows under their titles; columns beyond `across` go on below."""
+    width, height = (max(image.size[side] for row in rows for image in row) + 8 for side in (0, 1))
+    lines = -(-len(titles) // across) * len(rows)
+    page = Image.new("RGB", (min(across, len(titles)) * width, lines * (height + 20)), "white")
+    for number, row in enumerate(rows):
+        for column, (title, image) in enumerate(zip(titles, row, strict=True)):
+            x, y = column % across * width, (column // across * len(rows) + number) * (height + 20)
+            ImageDraw.Draw(page).text((x, y + 4), title, fill="black")
+            page.paste(image, (x, y + 20))
     return page

@@ -24,7 +24,7 @@ class Config(train.Config):
         mfu: Share of their peak that useful matrix products reach.
     """
 
-    data: str = ""
+    data: str | list[train.DataConfig] = ""
     folder: str = ""
     masking: MaskingConfig = field(default_factory=_everything)
     gpus: int = 8

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fourm import logbook, pipeline
-from fourm.data.shards import ShardDataset, TokenDataset
+from fourm.data.shards import ShardDataset
+from fourm.data.tokens import TokenDataset
 from fourm.evaluation.gallery import Gallery, GalleryConfig
 from fourm.evaluation.report import write_report
 from fourm.model.fourm import FourM

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -14,7 +14,9 @@ from fourm import runtime
 from fourm.data.loader import Loader
 from fourm.data.shards import ShardDataset
 from fourm.evaluation.tokenizers import evaluate_tokenizer
-from fourm.tokenization.autoencoder import ImageTokenizer, TokenizerConfig, TokenizerLoss, TokenizerTask
+from fourm.tokenization import load_tokenizer
+from fourm.tokenization.autoencoder import ImageTokenizer, TokenizerConfig
+from fourm.tokenization.task import SizedBatches, Sizes, TokenizerTask, start_from
 from fourm.training.planner import describe_tokenizer
 from fourm.training.trainer import TrainConfig, Trainer
 
@@ -28,7 +30,12 @@ class Config(TrainConfig):
         modality: Raw modality.
         folder: The finished tokenizer; its training run is in `run` below.
         tokenizer: Input, quantizer, backbone and loss.
-        test_samples: Samples of the test split it is measured on.
+        mask: Raw modality, masks of the pixels that are valid; with `tokenizer.input.mask_value`.
+        init: Folder or hub id of a tokenizer to start from: its encoder, quantizer and class embedding, and its decoder
+            where that is of the same make.
+        freeze: What of it is not trained: `nothing`, or the `encoder` with quantizer and class embedding.
+        sizes: Sizes of images, another one at every update; default: that of the input.
+        test_samples: Samples of the test split it is measured on, at the smallest and the largest size.
         dry_run: Only say what the run takes. No data are needed.
     """
 
@@ -36,10 +43,54 @@ class Config(TrainConfig):
     modality: str
     folder: str
     tokenizer: TokenizerConfig
+    mask: str = ""
+    init: str = ""
+    freeze: Literal["nothing", "encoder"] = "nothing"
+    sizes: Sizes | None = None
     test_samples: int = 512
     dry_run: bool = False
 
     may_change = TrainConfig.may_change | set(["data", "folder", "test_samples", "dry_run"])
+
+
+def prepare(config: Config) -> ImageTokenizer:
+    """A tokenizer to train.
+
+    Raises:
+        ValueError: The config asks for what does not fit together.
+    """
+    tokenizer = ImageTokenizer(config.tokenizer)
+    source = config.tokenizer.input
+    if config.sizes is not None and (not tokenizer.resizable or source.size != (config.sizes.high,) * 2):
+        raise ValueError(f"sizes up to {config.sizes.high} need an input of this size, not {source.size}, and fixed "
+                         "positions or none (backbone.positions)")  # fmt: skip
+    if config.mask and source.mask_value is None:
+        raise ValueError(f"mask is {config.mask!r}, but tokenizer.input.mask_value is not given")
+    if config.freeze == "encoder" and not config.init:
+        raise ValueError("freeze is 'encoder', but there is no `init` to take it from")
+    if config.tokenizer.denoiser == "controlnet":
+        tokenizer.decoder.start()
+    if config.init:
+        whole = start_from(tokenizer, cast(ImageTokenizer, load_tokenizer(config.init)))
+        print(f"starting from {config.init}{'' if whole else ', but for the decoder, which starts anew'}")
+    if config.freeze == "encoder":
+        tokenizer.freeze_encoder()
+    return tokenizer
+
+
+def measure(config: Config, tokenizer: ImageTokenizer) -> dict[str, float]:
+    """Figures on the test split; at several sizes their names end in the side."""
+    names = tuple(name for name in (config.modality, config.mask) if name)
+    test = ShardDataset(Path(config.data) / "test", names)
+    options = (config.modality, config.test_samples, config.seed, config.mask)
+    if config.sizes is None:
+        return evaluate_tokenizer(tokenizer, test, *options)
+    figures: dict[str, float] = {}
+    for side in dict.fromkeys((config.sizes.low, config.sizes.high)):  # ends with the size of the input
+        cells = side // config.tokenizer.backbone.patch_size
+        tokenizer.use_grid((config.tokenizer.quantizer.codebooks * cells, cells))
+        figures |= {f"{name}_{side}": value for name, value in evaluate_tokenizer(tokenizer, test, *options).items()}
+    return figures
 
 
 def run(config: Config) -> None:
@@ -53,9 +104,10 @@ def run(config: Config) -> None:
     joined = runtime.accelerator()
     if joined.is_main_process:
         runtime.open_run(folder / "run", dataclasses.asdict(config))
-    task = TokenizerTask(ImageTokenizer(config.tokenizer), config.modality)
-    loader = Loader(
-        ShardDataset(Path(config.data) / "train", [config.modality]),
+    task = TokenizerTask(prepare(config), config.modality, config.mask)
+    names = [name for name in (config.modality, config.mask) if name]
+    loader: Any = Loader(
+        ShardDataset(Path(config.data) / "train", names),
         config.loader_batch(joined.num_processes),
         task.collate,
         config.seed,
@@ -63,12 +115,14 @@ def run(config: Config) -> None:
         joined.process_index,
         joined.num_processes,
     )
+    if config.sizes is not None:
+        loader = SizedBatches(loader, config.sizes, config.seed, config.accumulate)
     trainer = Trainer(config, task, loader, {}, folder / "run")
     trainer.fit()
     if joined.is_main_process:
-        tokenizer = cast(TokenizerLoss, trainer.final_model).tokenizer.cpu().eval()
-        test = ShardDataset(Path(config.data) / "test", [config.modality])
-        figures = evaluate_tokenizer(tokenizer, test, config.modality, config.test_samples)
+        tokenizer = cast(ImageTokenizer, trainer.final_model).eval()
+        runtime.seed_everything(config.seed, "measure")
+        figures = measure(config, tokenizer)
         tokenizer.save_pretrained(folder, figures)
         (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
         print(f"{folder}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))

@@ -3,23 +3,69 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from fourm import runtime
 from fourm.data.loader import Loader
-from fourm.data.shards import TokenDataset
+from fourm.data.mixture import MixedDataset
+from fourm.data.texts import TextSource
+from fourm.data.tokens import TokenDataset, digest
 from fourm.masking.budgets import MaskingConfig
-from fourm.masking.masking import Masker
+from fourm.masking.masking import Masker, MixedMasker
 from fourm.modalities import TokenSpace
 from fourm.model.config import FourMConfig
 from fourm.model.fourm import FourM
+from fourm.tokenization import TextTokenizer, load_tokenizer
 from fourm.training.calibration import calibrate
 from fourm.training.planner import Cluster, describe
-from fourm.training.tasks import HeldOutLoss, MaskedTask
+from fourm.training.tasks import Evaluator, HeldOutLoss, MaskedTask
 from fourm.training.trainer import TrainConfig, Trainer
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """One data set of a mixture: token shards (`path`), or texts that are tokenized here (`text`).
+
+    Args:
+        path: Root of token data, also `s3://`, `hf://` or `https://`; or shards as 4M names them, such as
+            `root/[rgb,caption]/shard-{00000..09999}.tar`.
+        text: Texts instead: a .txt, .jsonl or .parquet file, or the id of a data set on the Hugging Face hub.
+        weight: How often it is drawn, relative to the others.
+        modalities: Which of the table's it has; default: all.
+        masking: What is given and asked; default: as for all.
+        val: What its held-out loss is measured on, named like `path`; default: the split `val` of a root, else nothing;
+            '' for nothing.
+        name: Configuration of a hub data set.
+        split: Split of a hub data set.
+        field: Where a row holds the text.
+        samples: How many texts are used; must be given for a hub data set.
+        modality: What texts become.
+        tokenizer: Folder or hub id of the text tokenizer.
+    """
+
+    path: str | None = None
+    text: str | None = None
+    weight: float = 1.0
+    modalities: list[str] | None = None
+    masking: MaskingConfig | None = None
+    val: str | None = None
+    name: str | None = None
+    split: str = "train"
+    field: str = "text"
+    samples: int | None = None
+    modality: str = "caption"
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.text is None):
+            raise ValueError(f"data: a data set has either a path or a text, got {self.path!r} and {self.text!r}")
+        if self.text and not self.tokenizer:
+            raise ValueError(f"data: the text {self.text} needs a `tokenizer`")
 
 
 @dataclass(kw_only=True)
@@ -27,25 +73,27 @@ class Config(TrainConfig):
     """A model, its data and its training.
 
     Args:
-        data: Root of the token data.
+        data: Root of the token data, with splits `train` and `val`; or several data sets, each with its weight.
         modalities: YAML file with the modality table.
         folder: The run; the finished model goes to `model` below.
         model: Shape of the model.
         masking: What is given and what is asked.
         loss: `mod`, the mean of the modalities' means, or `token`, the mean over tokens.
         on_error: What bad samples do: `raise`, or `skip` and count.
+        max_bad: Share of the samples that may be skipped; more of them end the run.
         val_batches: Batches (of `batch_size` samples) of the held-out loss.
         calibrate: Fit a temperature per modality on those batches in the end, for a model that knows how sure it is.
         dry_run: Only say what the run takes, on one node of 8 GPUs (`fourm plan` knows others). No data are needed.
     """
 
-    data: str
+    data: str | list[DataConfig]
     modalities: str
     folder: str
     model: FourMConfig
     masking: MaskingConfig
     loss: Literal["mod", "token"] = "mod"
     on_error: Literal["raise", "skip"] = "raise"
+    max_bad: float = 0.01
     val_batches: int = 8
     calibrate: bool = False
     dry_run: bool = False
@@ -55,11 +103,41 @@ class Config(TrainConfig):
         "modalities",
         "folder",
         "on_error",
+        "max_bad",
         "val_batches",
         "calibrate",
         "dry_run",
         "model.attention",
     }
+
+
+def open_data(config: Config, space: TokenSpace, split: Literal["train", "val"]) -> tuple[Any, Any]:
+    """The data sets of a split as one, and what masks them."""
+    opened: list[tuple[TokenDataset, Masker, float]] = []
+    for entry in [DataConfig(path=config.data)] if isinstance(config.data, str) else config.data:
+        source: Any = None
+        if entry.path is not None and "[" not in entry.path:
+            source = f"{entry.path}/{split}"
+        source = (source if entry.val is None else entry.val) if split == "val" else source or entry.path
+        own = space.subset(entry.modalities or space.names)
+        if entry.text and split == "train":
+            own, tokenizer = space.subset([entry.modality]), load_tokenizer(str(entry.tokenizer))
+            if not isinstance(tokenizer, TextTokenizer):
+                raise ValueError(f"{entry.tokenizer} is not a text tokenizer")
+            encoder = digest(tokenizer.tokenizer.to_str(), str(tokenizer.config))
+            options = (entry.name, entry.split, entry.field, entry.samples)
+            row = space[entry.modality]
+            source = TextSource(entry.text, entry.modality, row, tokenizer.encode, encoder, *options)
+        if source:
+            dataset = TokenDataset(source, own, config.on_error, config.max_bad)
+            opened.append((dataset, Masker(space, entry.masking or config.masking), entry.weight))
+    if not opened:
+        raise ValueError(f"data: there is nothing for the split {split!r}; name it, such as `val: root/val`")
+    datasets, maskers, weights = (list(each) for each in zip(*opened, strict=True))
+    if len(opened) == 1:
+        return datasets[0], maskers[0]
+    mixed = MixedDataset(datasets, weights)
+    return mixed, MixedMasker(maskers, mixed.ends)
 
 
 def run(config: Config) -> None:
@@ -75,19 +153,25 @@ def run(config: Config) -> None:
     runtime.seed_everything(config.seed, "model")
     model = FourM(config.model, space)
     task = MaskedTask(model, config.loss)
-    masker = Masker(space, config.masking)
-    train, val = (TokenDataset(Path(config.data) / split, space, config.on_error) for split in ("train", "val"))
+    (train, masker), (val, val_masker) = (open_data(config, space, split) for split in ("train", "val"))
     size, rank, processes = config.loader_batch(joined.num_processes), joined.process_index, joined.num_processes
     loader = Loader(train, size, masker, config.seed, config.workers, rank, processes)
     # The same held-out samples for any number of processes, which share them out.
     batches = config.val_batches * config.batch_size // size
-    held_out = HeldOutLoss(task, Loader(val, size, masker, config.seed), batches)
-    trainer = Trainer(config, task, loader, {"val": held_out}, folder, {"config.json": model.config_json()})
+    held_out = HeldOutLoss(task, Loader(val, size, val_masker, config.seed), batches)
+
+    def faults(model: Any, step: int) -> Mapping[str, float]:
+        met = Counter(train.skipped) + Counter(val.skipped)
+        total = {"faults": float(met.total())} if met else {}
+        return total | {f"faults/{reason}": float(count) for reason, count in met.items()}
+
+    evaluators: dict[str, Evaluator] = {"val": held_out, "data": faults}
+    trainer = Trainer(config, task, loader, evaluators, folder, {"config.json": model.config_json()})
     trainer.fit()
     if joined.is_main_process:
         final = cast(FourM, trainer.final_model)
         if config.calibrate:
-            validation = Loader(val, size, masker, config.seed).batches()
+            validation = Loader(val, size, val_masker, config.seed).batches()
             device = next(final.parameters()).device
             chosen = calibrate(final, (batch.to(device) for batch in islice(validation, batches)))
             print("temperatures: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))

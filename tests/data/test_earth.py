@@ -71,25 +71,6 @@ def test_normals_of_a_slope():
     np.testing.assert_allclose(normal[inside], np.broadcast_to([0, 0.5**0.5, 0.5**0.5], (5, 23, 3)), atol=1e-4)
 
 
-def test_canny_draws_thin_lines_and_follows_weak_ones():
-    picture = np.zeros((16, 16), np.float32)
-    picture[:, 8:] = 100
-    for image, lines in ((picture, lambda e: e.sum(1)), (picture.T, lambda e: e.sum(0))):
-        edges = earth.canny(image)
-        assert (lines(edges) == 1).all() and edges.sum() == 16
-    assert not earth.canny(picture * 0.05).any()
-    fading = picture * np.linspace(1, 0.15, 16)[:, None].astype(np.float32)
-    assert earth.canny(fading, low=24, high=72).any(1).all()
-    assert not earth.canny(fading, low=72, high=72)[14:].any()  # 2.5 times a step of 21 is well below 72
-
-
-def test_palette_counts_colours():
-    picture = np.zeros((16, 16, 3), np.uint8)
-    picture[:4] = (200, 0, 0)
-    assert earth.palette(picture) == [[0, 0, 0], [200, 0, 0]]
-    assert 1 <= len(earth.palette(np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8))) <= 7
-
-
 @pytest.mark.parametrize(
     ("sea", "words"),
     [

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from fourm.data.shards import EXTENSIONS, ShardDataset, TokenDataset, write_shards
+from fourm.data.shards import EXTENSIONS, ShardDataset, write_shards
+from fourm.data.tokens import TokenDataset
 from fourm.modalities import Modality, TokenSpace
 
 RNG = np.random.default_rng(0)
@@ -308,7 +309,7 @@ BAD_TOKENS = {
     "negative": ("text", np.array([3, -1]), r"\[-1, 3\], expected \[0, 50\)"),
     "floats": ("text", np.ones(3), "integer ids, got float64"),
     "length": ("grid", np.zeros((1, 7), np.int16), r"\(crops, 6\).*\(1, 7\)"),
-    "rank": ("text", np.zeros((2, 2), np.int16), r"\(length,\), got int16 \(2, 2\)"),
+    "rank": ("text", np.zeros((2, 2, 2), np.int16), r"\(length,\), got int16 \(2, 2, 2\)"),
     "image size": ("image", np.zeros((8, 9, 3), np.uint8), r"\(8, 8, 3\), got uint8 \(8, 9, 3\)"),
     "vector width": ("vectors", np.zeros((2, 4), np.float32), r"\(length, 3\), got float32 \(2, 4\)"),
 }

@@ -69,7 +69,7 @@ def test_all_modalities_show_the_same_thing_at_the_same_place(row):
     }  # fmt: skip
     size = (96, 128)
     options = {name: {"size": size} for name in ("rgb", "depth", "classes", "mask", "features", "sam_masks")}
-    transforms = {name: TRANSFORMS[name](**options.get(name, {})) for name in sample}
+    transforms = {name: TRANSFORMS[{"rgb": "image"}.get(name, name)](**options.get(name, {})) for name in sample}
     seen = transform_sample(sample, transforms, View(Crop(*row[:4], bool(row[4])), 150, 210))
     scaled = np.array([128, 96, 128, 96])
     places = {
@@ -105,12 +105,12 @@ def test_features_of_the_whole_image_stay():
 
 def test_outside_of_the_image_it_is_black():
     raw = np.full((4, 8), 9, dtype=np.uint8)
-    shown = TRANSFORMS["edges"](size=(8, 8), resample="nearest")(raw, View(Crop(0, 0, 8, 8), 4, 8))
+    shown = TRANSFORMS["field"](size=(8, 8), resample="nearest")(raw, View(Crop(0, 0, 8, 8), 4, 8))
     assert (shown[:4] == 9).all() and (shown[4:] == 0).all()
 
 
 def test_grey_pictures_get_three_channels():
-    assert TRANSFORMS["rgb"](size=(5, 6))(np.zeros((100, 200), dtype=np.uint8), FLIPPED).shape == (5, 6, 3)
+    assert TRANSFORMS["image"](size=(5, 6))(np.zeros((100, 200), dtype=np.uint8), FLIPPED).shape == (5, 6, 3)
 
 
 def test_boxes_by_hand():
@@ -243,9 +243,80 @@ def test_values_of_a_crop():
     assert sizes == set(range(1, 8))
 
 
+def test_features_that_were_made_per_crop_give_the_row_of_the_view():
+    view = View(Crop(0, 0, 50, 70), 50, 70, index=1)
+    vectors, maps = np.arange(6.0).reshape(2, 3), np.arange(24.0).reshape(2, 2, 2, 3)
+    assert TRANSFORMS["features"]()(vectors[0], view).tolist() == [0, 1, 2]
+    assert TRANSFORMS["features"]()(vectors, view).tolist() == [3, 4, 5]
+    np.testing.assert_array_equal(TRANSFORMS["features"]()(maps, view), maps[1])
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "int32", "int64", "uint32"])
+def test_classes_and_masks_of_any_type(dtype):
+    raw = (np.arange(12).reshape(3, 4) % 2).astype(dtype)
+    view = View(Crop(0, 0, 3, 4, True), 3, 4)
+    np.testing.assert_array_equal(TRANSFORMS["classes"](size=(3, 4))(raw, view), raw[:, ::-1])
+    np.testing.assert_array_equal(TRANSFORMS["mask"](size=(3, 4))(raw, view), raw[:, ::-1] == 1)
+
+
+def test_places_move_with_the_crop():
+    raw = [{"name": "a", "x": 0.25, "y": 0.5}, {"name": "b", "x": 0.75, "y": 0.5}]
+    assert TRANSFORMS["places"]()(raw, View(Crop(0, 0, 100, 200), 100, 200)) == raw
+    left = Crop(25, 0, 50, 100, True)  # pixels 0 to 99 of 200, rows 25 to 74
+    assert TRANSFORMS["places"]()(raw, View(left, 100, 200)) == [{"name": "a", "x": 0.5, "y": 0.5}]
+    assert TRANSFORMS["places"]()([], View(left, 100, 200)) == []
+
+
+def test_contours_become_instances_with_the_ids_of_their_masks():
+    """A contour in the left half of the image, seen in a flipped crop of that half at twice the scale."""
+    raw = [{"points": [[[20, 20]], [[60, 20]], [[60, 80]], [[20, 80]]]}, {"points": [[150, 10], [190, 10], [190, 90]]}]
+    view, masks = View(Crop(0, 0, 100, 100, True), 100, 200), []
+
+    def encode(found):
+        masks.extend(found)
+        return np.arange(16 * len(found)).reshape(-1, 16)
+
+    transform = TRANSFORMS["sam_instances"](size=(200, 200), encode=encode, mask_size=8)
+    made = transform.of_view(raw, view)
+    assert made["bbox"] == [[40, 80, 160, 160]] and made["token_ids"] == [list(range(16))]  # ymin, xmin, ymax, xmax
+    assert np.array(masks).shape == (1, 8, 8) and np.all(masks)
+    hits = transform.at(made, np.array([[100, 100], [10, 10]]))
+    assert hits[0]["instances"] == [{"box": [80, 40, 160, 160], "tokens": list(range(16))}] and not hits[1]["instances"]
+    assert [len(one["instances"]) for one in transform([], view)] == [0] * 7
+    with pytest.raises(ValueError, match="contours have no ids"):
+        TRANSFORMS["sam_instances"]()(raw, view)
+
+
+def test_random_choices_depend_on_seed_key_and_crop_alone():
+    settings = crop_settings(50, 70, 3, seed=0, key="a")
+    numbers = {f"n{i}": float(i) for i in range(9)}
+    emb = {"emb": np.arange(5.0).reshape(5, 1, 1), "mask_valid": np.ones((5, 1), bool)}
+
+    def drawn(seed, key, index):
+        view = View.of(settings, index, 50, 70, seed, key)
+        caption = TRANSFORMS["caption"](choose="random")(["0", "1", "2", "3", "4"], view)
+        assert TRANSFORMS["vectors"](choose="random")(emb, view).tolist() == [[float(caption)]]
+        return caption, list(TRANSFORMS["metadata_21"]()(numbers, view))
+
+    assert drawn(0, "a", 0) == drawn(0, "a", 0)
+    assert sorted(drawn(0, "a", 0)[1]) == list(numbers)
+    others = [drawn(0, "a", 0), drawn(1, "a", 0), drawn(0, "b", 0), drawn(0, "a", 1)]
+    assert len({tuple(order) for _, order in others}) == 4
+
+
+def test_values_that_are_ready_stay_as_they_are_in_the_whole_image():
+    whole = View(Crop(0, 0, 50, 70), 50, 70)
+    people, boxes = [{"box": [0, 0, 1, 1]}], [{"boxes": [0.5, 0.5, 1, 1], "class_name": "b"}]
+    points = [{"point": (1, 2), "instances": []}]
+    for name, value in (("human_poses", people), ("boxes", boxes), ("sam_instances", points), ("palette", [[1, 2, 3]])):
+        assert TRANSFORMS[name]()(value, whole) == value
+    [cut] = TRANSFORMS["boxes"]()(boxes, View(Crop(25, 0, 25, 70), 50, 70))
+    assert cut["boxes"] == [0.5, 0, 1, 1]
+
+
 def test_errors_say_what_and_where():
     view = View(centre_crop(10, 20), 10, 20, index=4)
-    transforms = {"rgb": TRANSFORMS["rgb"](), "caption": TRANSFORMS["caption"]()}
+    transforms = {"rgb": TRANSFORMS["image"](), "caption": TRANSFORMS["caption"]()}
     with pytest.raises(
         ValueError, match=r"rgb, sample 'k7': expected an image of 10x20 pixels, got uint8 \(9, 20, 3\)"
     ):

@@ -116,3 +116,14 @@ def test_masks_and_features_by_hand():
     assert SCORES["mask"](guess, truth, None, 0)["iou"] == pytest.approx(1 / 3)
     wanted, made = np.array([[3.0, 4.0], [1.0, 0.0]]), np.array([[6.0, 8.0], [0.0, 2.0]])
     assert SCORES["features"](made, wanted, None, 0)["cosine"] == pytest.approx(0.5)
+
+
+def test_every_kind_has_an_estimate_and_a_constant():
+    assert set(COMBINE) == set(CONSTANT) == set(SCORES)
+    draws = np.array([[[1.0, 9.0]], [[3.0, 5.0]], [[2.0, 700.0]]])
+    assert COMBINE["depth"](draws).tolist() == [[2, 9]]
+    assert COMBINE["mask"](np.array([[True, False], [True, False], [False, False]])).tolist() == [True, False]
+    assert COMBINE["features"](np.array([[[1.0, 2.0]], [[3.0, 2.0]]])).tolist() == [[2, 2]]
+    assert CONSTANT["depth"](np.array([1, 2, 6])) == 3
+    assert not CONSTANT["mask"](np.array([True, False, False]))
+    assert CONSTANT["features"](np.array([[1.0, 2.0], [3.0, 2.0]])).tolist() == [2, 2]

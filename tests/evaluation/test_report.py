@@ -33,7 +33,7 @@ class Blocks:
         self.config = SimpleNamespace(input=SimpleNamespace(kind=kind, classes=classes, units=units, values=()))
         self.vocab_size, self.grid = classes or 256, (2, 2)
 
-    def encode(self, pictures):
+    def encode(self, pictures, valid=None):
         pictures = np.asarray(pictures)
         grey = pictures[..., 0] if pictures.ndim == 4 else pictures
         return torch.from_numpy(grey[:, ::8, ::8].reshape(-1, 4).astype(np.int64))
@@ -52,6 +52,9 @@ class Letters:
     """Ids 14.. as letters."""
 
     vocab_size, config = 32, CodecConfig("caption")
+
+    def encode(self, texts):
+        return [np.array([ord(letter) - 83 for letter in text]) for text in texts]
 
     def decode(self, ids):
         return ["".join(chr(83 + int(i)) for i in row) for row in ids]
@@ -143,7 +146,7 @@ def test_gallery_shows_the_truth_it_was_given_and_generates_the_rest():
     for position, (_, cells) in enumerate(panels[0].rows[1:]):
         assert [cell.given for cell in cells] == [position == column for column in range(4)]
     chained = gallery.chained()
-    assert chained.columns == ["caption", "water", "rgb", "the real place"]
+    assert chained.columns == ["caption", "water", "rgb", "the real one"]
     assert chained.rows[0][1][0].text == gallery.raw[0]["caption"]
     assert all(cell.image.startswith("data:image/webp;base64,") for cell in chained.rows[0][1][1:])
     assert len(gallery.guidance().rows[0][1]) == len(gallery.config.guidance) + 2

@@ -7,18 +7,23 @@ import pytest
 import torch
 
 from fourm.evaluation.tokenizers import evaluate_tokenizer, score, unit
+from fourm.tokenization.quantizers import Quantizer, QuantizerConfig
 from fourm.tokenization.structured import CodecConfig
 from fourm.tokenization.text import TextTokenizer, train_text_tokenizer
 
 
 def settings(kind, classes=0, units="", values=()):
-    return SimpleNamespace(input=SimpleNamespace(kind=kind, classes=classes, units=units, values=values))
+    return SimpleNamespace(
+        input=SimpleNamespace(kind=kind, classes=classes, units=units, values=values, mask_value=None)
+    )
 
 
 class Coarse:
     """One token per pixel: heights rounded down to a multiple of 10."""
 
     config, vocab_size, grid = settings("field", units="metres"), 8, (2, 2)
+    quantizer = Quantizer(QuantizerConfig("vq", codebook_size=8))
+    targets = staticmethod(np.stack)
 
     def encode(self, pictures):
         return torch.from_numpy(np.asarray(pictures).reshape(len(pictures), 4) // 10)

@@ -11,7 +11,7 @@ import torch
 from fourm.masking.batch import MaskedBatch
 from fourm.masking.budgets import Component, MaskingConfig
 from fourm.masking.collect import finish, sequences
-from fourm.masking.masking import Masker, cell_ranks, choose_cells, shuffle_chunks
+from fourm.masking.masking import Masker, MixedMasker, cell_ranks, choose_cells, shuffle_chunks
 from fourm.modalities import Modality, TokenSpace
 
 EOS, S0 = 3, 4
@@ -309,3 +309,57 @@ def test_too_few_sentinels() -> None:
     config = MaskingConfig(9, 9, [Component(input={"text": 1}, target={"text": 1})])
     with pytest.raises(ValueError, match=r"text has room for 11 sentinels from id 4 on, but .* can need 12"):
         Masker(space, config)
+
+
+def test_budgets_of_absent_modalities_go_to_the_others() -> None:
+    """Filled slots of samples that have only some modalities are those of a table that has only these."""
+    names = ["tok", "small"]
+    config = MaskingConfig(8, 6, [Component(input={"others": 1}, target={"others": 1})])
+    few = [{name: sample[name] for name in ("__key__", *names)} for sample in samples(3000)]
+    batch = Masker(SPACE, config)(few, draws(3000))
+    alone = Masker(SPACE.subset(names), config)(few, draws(3000))
+    assert set(batch.mod.unique().tolist()) - {-1} == {SPACE.number[name] for name in names}
+    assert abs(batch.input_tokens - alone.input_tokens) < 0.02 * 3000 * 8
+    assert abs(batch.target_tokens - alone.target_tokens) < 0.02 * 3000 * 6
+    for name in names:
+        shares = [float((each.mod == each_space.number[name]).sum()) / each.input_tokens
+                  for each, each_space in ((batch, SPACE), (alone, SPACE.subset(names)))]  # fmt: skip
+        assert abs(shares[0] - shares[1]) < 0.04
+
+
+def test_components_that_give_what_is_absent_are_left_out() -> None:
+    parts = [Component(input={"rgb": 1}, target={"others": 1}), Component(input={"tok": 1}, target={"small": 1})]
+    few = [{name: value for name, value in sample.items() if name != "rgb"} for sample in samples(100)]
+    batch = Masker(SPACE, MaskingConfig(8, 2, parts))(few, draws(100))
+    assert (batch.mod == SPACE.number["tok"]).sum(1).tolist() == [8] * 100
+    nothing = [parts[0], Component(target={"small": 1})]  # a component that gives nothing by intention stays
+    batch = Masker(SPACE, MaskingConfig(8, 2, nothing))(few, draws(100))
+    assert not batch.input_tokens and set(batch.target_mod.unique().tolist()) == {SPACE.number["small"]}
+    only_rgb = Masker(SPACE, MaskingConfig(8, 2, parts[:1]))(few, draws(100))  # nothing else to choose
+    assert not only_rgb.input_tokens and only_rgb.target_tokens > 50
+
+
+def test_mixed_masker_masks_each_data_set_in_its_way() -> None:
+    text = MaskingConfig(12, 30, [Component(input={"caption": 1}, target={"caption": 1})], seed=5)
+    maskers = [Masker(SPACE, EVEN), Masker(SPACE, text)]
+    whole = samples(30)
+    mixture = [
+        {"__key__": each["__key__"], "caption": each["caption"]} if number % 3 == 1 else each
+        for number, each in enumerate(whole)
+    ]
+    places = [(2, 100 + number if number % 3 == 1 else number) for number in range(30)]
+    batch = MixedMasker(maskers, [100, 200])(mixture, places)
+    assert batch.ids.shape == (30, 20) and batch.target.shape == (30, 30)
+    assert batch.keys == tuple(each["__key__"] for each in whole)
+    for row, (sample, draw) in enumerate(zip(mixture, places, strict=True)):
+        alone = maskers[row % 3 == 1]([sample], [draw])
+        for field in ("ids", "pos", "mod"):
+            width = getattr(alone, field).shape[1]
+            assert torch.equal(getattr(batch, field)[row, :width], getattr(alone, field)[0])
+        for field in ("target_in", "target", "target_pos", "target_mod"):
+            width = getattr(alone, field).shape[1]
+            assert torch.equal(getattr(batch, field)[row, :width], getattr(alone, field)[0])
+        assert (batch.mod[row, alone.mod.shape[1] :] == -1).all()
+        for name in alone.rows:
+            mine = batch.slots[name] // 20 == row
+            assert torch.equal(batch.rows[name][mine], alone.rows[name])

@@ -67,6 +67,12 @@ def test_neighbouring_blocks_of_a_size_share_a_product():
     ]  # fmt: skip
 
 
+def test_an_empty_block_may_come_first():
+    """A sample of which nothing is asked."""
+    groups = Blocks([0, 2], [0, 2], [0, 0], CPU).groups
+    assert [(group.rows, group.columns) for group in groups] == [(slice(0, 0), slice(0, 0)), (slice(0, 2), slice(0, 2))]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [own, cross])
 def test_flex_is_equal(kind):

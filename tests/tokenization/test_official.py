@@ -15,9 +15,10 @@ from torch import nn
 from fourm.checkpoint import read_official
 from fourm.modalities import Modality, TokenSpace
 from fourm.tokenization import Tokenizer, load_tokenizer
-from fourm.tokenization.autoencoder import ImageTokenizer, TokenizerConfig, TokenizerTask
+from fourm.tokenization.autoencoder import ImageTokenizer, TokenizerConfig
 from fourm.tokenization.encode import load_tokenizers
 from fourm.tokenization.official import VITS, VitPreset, from_official, official_tensors, tokenizer_config
+from fourm.tokenization.task import TokenizerTask
 from fourm.tokenization.uvit import UVITS
 
 RNG = np.random.default_rng(0)

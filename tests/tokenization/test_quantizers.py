@@ -13,6 +13,8 @@ CONFIGS = [
     QuantizerConfig("vq", codebook_size=32, dim=6, cosine=True, unit_loss=True, replace="linde_buzo_gray"),
     QuantizerConfig("lfq", codebook_size=32),
     QuantizerConfig("simvq", codebook_size=32, dim=6),
+    QuantizerConfig("residual_vq", codebook_size=32, dim=6, codebooks=3),
+    QuantizerConfig("residual_fsq", levels=(5, 4, 3), codebooks=2),
 ]
 
 
@@ -27,7 +29,7 @@ def test_ids_decode_to_what_was_quantized(config):
 
     quantizer.eval()
     quantized, ids, loss = quantizer(z)
-    assert ids.shape == (4, 16) and ids.dtype == torch.int64 and loss.shape == ()
+    assert ids.shape == (4, 16 * config.codebooks) and ids.dtype == torch.int64 and loss.shape == ()
     assert ids.min() >= 0 and ids.max() < config.vocab_size and len(ids.unique()) > 8
     torch.testing.assert_close(quantizer.codes(ids), quantized, atol=1e-5, rtol=1e-5)
 
@@ -117,6 +119,14 @@ def test_memcodes():
     best = (keys[1] @ z[2, 5, 2:4]).argmax()  # second codebook, sixth latent of the third image
     assert ids[2, 16 + 5] == best
     torch.testing.assert_close(quantized[2, 5, 2:4], values[1, best])
+
+
+def test_use_by_hand():
+    """Of the first codebook half the codes occur, equally often, of the second one code."""
+    quantizer = Quantizer(QuantizerConfig("residual_vq", codebook_size=4, dim=2, codebooks=2))
+    used = quantizer.use(torch.tensor([[0, 1, 3, 3], [1, 0, 3, 3]]))
+    assert used["codebook_use"].item() == (2 / 4 + 1 / 4) / 2
+    assert used["perplexity"].item() == pytest.approx((2 + 1) / 2)
 
 
 def of_one_process(rank, world, path, config, z):

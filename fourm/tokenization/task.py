@@ -1,0 +1,172 @@
+"""Training of image tokenizers, in the form the trainer takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fourm.runtime import derive_seed
+from fourm.tokenization.autoencoder import ALL_PIXELS, ImageTokenizer
+from fourm.tokenization.inputs import resize
+from fourm.tokenization.losses import LOSSES, Perceptual, per_image
+
+DECODES = ("decoder.", "class_out.")
+MANY_CLASSES = 8  # from here on the softmax costs more than the rest of a training step
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Square sizes an update's images are made smaller to, each equally likely; pixels, or cells of features.
+
+    Args:
+        low: Smallest side.
+        high: Largest side, also that of the tokenizer's input.
+        step: From one to the next.
+    """
+
+    low: int
+    high: int
+    step: int = 32
+
+    def __post_init__(self) -> None:
+        if self.step < 1 or not 0 < self.low <= self.high or (self.high - self.low) % self.step:
+            raise ValueError(f"sizes are {self.low} to {self.high} in steps of {self.step}: which do not lead there")
+
+    def draw(self, seed: int, update: int) -> tuple[int, int]:
+        """Height and width of one update: the same in all its batches, in all processes, and when it is repeated."""
+        side = self.low + self.step * (derive_seed(seed, "size", update) % ((self.high - self.low) // self.step + 1))
+        return side, side
+
+
+@dataclass(frozen=True)
+class SizedBatches:
+    """Batches of a loader, told their size, to which the task brings them on the device."""
+
+    loader: Any
+    sizes: Sizes
+    seed: int
+    accumulate: int
+
+    def batches(self, start_step: int = 0) -> Iterator[dict[str, Any]]:
+        """Batches from a step on, without end."""
+        for number, batch in enumerate(self.loader.batches(start_step), start_step):
+            yield batch | {"size": self.sizes.draw(self.seed, number // self.accumulate)}
+
+
+def start_from(tokenizer: ImageTokenizer, trained: ImageTokenizer) -> bool:
+    """Takes over the weights of a trained tokenizer; tables of positions stay those of the new size.
+
+    Returns:
+        Whether the decoder's were taken too: only if both are of the same make.
+
+    Raises:
+        ValueError: Inputs, quantizers or encoders are not of the same make.
+    """
+    made = []
+    for each in (tokenizer.config, trained.config):
+        source = dataclasses.replace(each.input, size=(1, 1), names=(), units="", encoder="", encoder_size=0)
+        made.append((source, each.quantizer.type, each.quantizer.levels, each.quantizer.cosine))
+    fixed = {name for name, _ in tokenizer.named_buffers() if name.endswith(".positions")}
+    mine, theirs = ({k: v for k, v in each.state_dict().items() if k not in fixed} for each in (tokenizer, trained))
+    differ = {name for name in mine.keys() | theirs.keys() if name not in mine or name not in theirs
+              or mine[name].shape != theirs[name].shape}  # fmt: skip
+    wrong = sorted(name for name in differ if not name.startswith(DECODES))
+    if made[0] != made[1] or wrong:
+        raise ValueError(f"the tokenizers differ in {', '.join(wrong) or 'inputs or quantizers'}: the new one has "
+                         f"{made[0]}, the trained one {made[1]}")  # fmt: skip
+    taken = {name: value for name, value in theirs.items() if not (differ and name.startswith(DECODES))}
+    tokenizer.load_state_dict(taken, strict=False)
+    return not differ
+
+
+class TokenizerTask:
+    """Training an image tokenizer.
+
+    Args:
+        tokenizer: What is trained.
+        modality: Name of its raw modality in the samples.
+        mask: Name of the masks of valid pixels, if there are any.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer, modality: str, mask: str = ""):
+        self.model: nn.Module = tokenizer
+        self.modality, self.mask = modality, mask
+        perceptual = tokenizer.config.perceptual
+        self.perceptual = Perceptual(perceptual) if perceptual.model else None  # no part of the model
+
+    def collate(self, samples: Sequence[Mapping[str, Any]], draws: Sequence[Any]) -> dict[str, Any]:
+        """Raw samples to a batch: `images` as `ImageTokenizer.forward` takes them (RGB arrays, where a frozen encoder
+        makes features of them on the device), and `keys`."""
+        tokenizer = cast(ImageTokenizer, self.model)
+        raw = [sample[self.modality] for sample in samples]
+        valid = [sample[self.mask] for sample in samples] if self.mask else None
+        images = np.stack(raw) if tokenizer.encodes(raw) else tokenizer.preprocess(raw, valid)
+        return {"images": images, "keys": tuple(sample["__key__"] for sample in samples)}
+
+    def counts(self, batch: Mapping[str, Any]) -> Tensor:
+        """Number of images, (1,)."""
+        return torch.tensor([float(len(batch["images"]))], device=next(self.model.parameters()).device)
+
+    def loss(self, batch: Mapping[str, Any], counts: Tensor) -> dict[str, Tensor]:
+        """Losses that add up over micro-batches and processes to the mean over `counts[0]` images."""
+        tokenizer = cast(ImageTokenizer, self.model)
+        config, x = tokenizer.config, self._images(tokenizer, batch)
+        target, valid = x, None
+        if config.input.mask_value is not None:
+            target, valid = x[:, :-1], x[:, -1] > 0
+        share = len(x) / counts[0]
+        parts: dict[str, Tensor] = {}
+        if config.denoiser:
+            quantized, ids, own = tokenizer.quantizer(tokenizer.latents(x))
+            condition = quantized.transpose(1, 2).unflatten(2, tokenizer.cells_of(x))
+            if config.denoiser == "controlnet":
+                target, valid = tokenizer.decoder.to_latents(target), None
+            mean = tokenizer.diffusion.loss(tokenizer.decoder, target, condition, config.loss, valid=valid)
+            parts["reconstruction"] = mean * share
+        else:
+            rows, columns = self._pixels(tokenizer)
+            output, ids, own = tokenizer(x, (rows, columns))
+            weighted = {"weight": x.new_tensor(config.class_weights, dtype=torch.float32)}
+            errors = LOSSES[config.loss](
+                output.float(), target[..., rows, columns], **(weighted if config.class_weights else {})
+            )
+            parts["reconstruction"] = per_image(errors, valid).sum() / counts[0]
+            if self.perceptual is not None:
+                first, second = self._pictures(tokenizer, output), self._pictures(tokenizer, target)
+                if valid is not None:
+                    first = torch.where(valid[:, None], first, second)
+                total = self.perceptual.to(x.device)(first, second).float().sum()
+                parts["perceptual"] = config.perceptual.weight * total / counts[0]
+        parts["quantizer"] = own * share
+        used = tokenizer.quantizer.use(ids.detach())
+        return {
+            "loss": torch.stack(list(parts.values())).sum(),
+            **{f"loss/{name}": part.detach() for name, part in parts.items()},
+            **{f"batch_{name}": share * value for name, value in used.items()},
+        }
+
+    def _images(self, tokenizer: ImageTokenizer, batch: Mapping[str, Any]) -> Tensor:
+        """What the encoder takes, of the batch's own size where it has one."""
+        images, size = batch["images"], batch.get("size")
+        if not isinstance(images, Tensor):
+            return tokenizer.features(images, size)
+        return images if size is None else resize(images, size, tokenizer.config.input)
+
+    def _pictures(self, tokenizer: ImageTokenizer, x: Tensor) -> Tensor:
+        """(B, 3, H, W) from 0 to 1."""
+        source = tokenizer.config.input
+        mean, std = (x.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (source.mean, source.std))
+        return x.float() * std + mean
+
+    def _pixels(self, tokenizer: ImageTokenizer) -> tuple[slice, slice]:
+        """In training with many classes every other row and column from a random start: the same mean, cheaper."""
+        if not tokenizer.training or tokenizer.config.input.classes < MANY_CLASSES:
+            return ALL_PIXELS
+        top, left = torch.randint(2, (2,)).tolist()
+        return slice(top, None, 2), slice(left, None, 2)
