@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fourm.checkpoint import unshared
+from fourm.data.transforms import TRANSFORMS, View
 from fourm.encoders import Encoder as FrozenEncoder
 from fourm.encoders import load_encoder
 from fourm.tokenization.backbones import BackboneConfig, Decoder, Encoder
@@ -203,6 +204,22 @@ class ImageTokenizer(nn.Module):
             raise ValueError(f"{source.encoder} gives features {tuple(found.shape[1:])}, expected {expected}: see "
                              "input.size, channels and encoder_size")  # fmt: skip
         return found.float().permute(0, 3, 1, 2)
+
+    def shown(self, raw: np.ndarray, view: View, normals: bool = False) -> np.ndarray:
+        """What a view shows of a raw array, in the size of the input, by the transform of its kind.
+
+        Args:
+            raw: An array of any size, the view's.
+            view: Which part, and whether mirrored.
+            normals: An `image` holds normals, whose x turns round in a mirror.
+        """
+        source = self.config.input
+        kind, size = source.kind, source.size
+        if self.encodes([raw]):
+            kind, size = "image", (source.encoder_size, source.encoder_size)
+        elif kind == "image" and (source.channels == 1 or normals):
+            kind = "field" if source.channels == 1 else "normal"
+        return TRANSFORMS[kind](size=size)(raw, view)
 
     def targets(self, raw: Arrays, batch_size: int = 64) -> np.ndarray:
         """What decoded arrays are to be compared with, of the size of the input: raw arrays, or features of images."""

@@ -296,15 +296,7 @@ class SampleEncoder:
             return TRANSFORMS[codec](**options)(raw, view) if codec in TRANSFORMS else raw
         if not self.cropped:
             return raw
-        source = tokenizer.config.input
-        kind, size = source.kind, source.size
-        if tokenizer.encodes([raw]):
-            kind, size = "image", (source.encoder_size, source.encoder_size)
-        elif kind == "image" and source.channels == 1:
-            kind = "field"
-        elif kind == "image" and "normal" in name:  # the published tokenizer takes them for pictures
-            kind = "normal"
-        return TRANSFORMS[kind](size=size)(raw, view)
+        return tokenizer.shown(raw, view, normals="normal" in name)  # the published one takes them for pictures
 
     @torch.no_grad()
     def encode(self, prepared: Prepared) -> list[Sample]:

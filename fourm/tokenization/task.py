@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fourm.data.transforms import Mask, View, centre_crop, random_crop
 from fourm.runtime import derive_seed
 from fourm.tokenization.autoencoder import ALL_PIXELS, ImageTokenizer
 from fourm.tokenization.inputs import resize
@@ -59,6 +60,35 @@ class SizedBatches:
             yield batch | {"size": self.sizes.draw(self.seed, number // self.accumulate)}
 
 
+@dataclass(frozen=True)
+class Crops:
+    """A random part of every image in training, and the centre square in tests; then images may be of any size.
+
+    Args:
+        scale: Smallest and largest share of the image's area.
+        ratio: Smallest and largest width over height.
+        hflip: Share that is mirrored.
+    """
+
+    scale: tuple[float, float] = (0.8, 1.0)
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    hflip: float = 0.5
+
+
+@dataclass(frozen=True)
+class Views:
+    """A data set of whole images, as one of what `TokenizerTask.view` shows of them."""
+
+    dataset: Any
+    task: TokenizerTask
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.task.view(self.dataset[i])
+
+
 def start_from(tokenizer: ImageTokenizer, trained: ImageTokenizer) -> bool:
     """Takes over the weights of a trained tokenizer; tables of positions stay those of the new size.
 
@@ -92,11 +122,15 @@ class TokenizerTask:
         tokenizer: What is trained.
         modality: Name of its raw modality in the samples.
         mask: Name of the masks of valid pixels, if there are any.
+        crops: How images are cropped; default: they are of the size of the input, or made smaller.
+        seed: Of the crops, together with epoch and key.
     """
 
-    def __init__(self, tokenizer: ImageTokenizer, modality: str, mask: str = ""):
+    def __init__(
+        self, tokenizer: ImageTokenizer, modality: str, mask: str = "", crops: Crops | None = None, seed: int = 0
+    ):
         self.model: nn.Module = tokenizer
-        self.modality, self.mask = modality, mask
+        self.modality, self.mask, self.crops, self.seed = modality, mask, crops, seed
         perceptual = tokenizer.config.perceptual
         self.perceptual = Perceptual(perceptual) if perceptual.model else None  # no part of the model
 
@@ -104,10 +138,28 @@ class TokenizerTask:
         """Raw samples to a batch: `images` as `ImageTokenizer.forward` takes them (RGB arrays, where a frozen encoder
         makes features of them on the device), and `keys`."""
         tokenizer = cast(ImageTokenizer, self.model)
+        if self.crops is not None:
+            samples = [self.view(sample, epoch) for sample, (epoch, _) in zip(samples, draws, strict=True)]
         raw = [sample[self.modality] for sample in samples]
         valid = [sample[self.mask] for sample in samples] if self.mask else None
         images = np.stack(raw) if tokenizer.encodes(raw) else tokenizer.preprocess(raw, valid)
         return {"images": images, "keys": tuple(sample["__key__"] for sample in samples)}
+
+    def view(self, sample: Mapping[str, Any], epoch: int | None = None) -> dict[str, Any]:
+        """A sample whose image, and mask, are cropped: at random in an epoch, or else to the centre square."""
+        assert self.crops is not None
+        shown, tokenizer = dict(sample), cast(ImageTokenizer, self.model)
+        height, width = np.shape(sample[self.modality])[:2]
+        crop = centre_crop(height, width)
+        if epoch is not None:
+            rng = np.random.default_rng(derive_seed(self.seed, "crops", epoch, sample["__key__"]))
+            crop = random_crop(height, width, rng, self.crops.scale, self.crops.ratio)
+            crop = crop._replace(hflip=bool(rng.random() < self.crops.hflip))
+        view = View(crop, height, width)
+        shown[self.modality] = tokenizer.shown(sample[self.modality], view, normals="normal" in self.modality)
+        if self.mask:
+            shown[self.mask] = Mask(tokenizer.config.input.size)(sample[self.mask], view)
+        return shown
 
     def counts(self, batch: Mapping[str, Any]) -> Tensor:
         """Number of images, (1,)."""

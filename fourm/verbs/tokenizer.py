@@ -16,7 +16,7 @@ from fourm.data.shards import ShardDataset
 from fourm.evaluation.tokenizers import evaluate_tokenizer
 from fourm.tokenization import load_tokenizer
 from fourm.tokenization.autoencoder import ImageTokenizer, TokenizerConfig
-from fourm.tokenization.task import SizedBatches, Sizes, TokenizerTask, start_from
+from fourm.tokenization.task import Crops, SizedBatches, Sizes, TokenizerTask, Views, start_from
 from fourm.training.planner import describe_tokenizer
 from fourm.training.trainer import TrainConfig, Trainer
 
@@ -34,6 +34,7 @@ class Config(TrainConfig):
         init: Folder or hub id of a tokenizer to start from: its encoder, quantizer and class embedding, and its decoder
             where that is of the same make.
         freeze: What of it is not trained: `nothing`, or the `encoder` with quantizer and class embedding.
+        crops: Crop images, which may then be of any size and shape.
         sizes: Sizes of images, another one at every update; default: that of the input.
         test_samples: Samples of the test split it is measured on, at the smallest and the largest size.
         dry_run: Only say what the run takes. No data are needed.
@@ -46,6 +47,7 @@ class Config(TrainConfig):
     mask: str = ""
     init: str = ""
     freeze: Literal["nothing", "encoder"] = "nothing"
+    crops: Crops | None = None
     sizes: Sizes | None = None
     test_samples: int = 512
     dry_run: bool = False
@@ -78,10 +80,13 @@ def prepare(config: Config) -> ImageTokenizer:
     return tokenizer
 
 
-def measure(config: Config, tokenizer: ImageTokenizer) -> dict[str, float]:
+def measure(config: Config, task: TokenizerTask) -> dict[str, float]:
     """Figures on the test split; at several sizes their names end in the side."""
+    tokenizer = cast(ImageTokenizer, task.model)
     names = tuple(name for name in (config.modality, config.mask) if name)
-    test = ShardDataset(Path(config.data) / "test", names)
+    test: Any = ShardDataset(Path(config.data) / "test", names)
+    if config.crops is not None:
+        test = Views(test, task)
     options = (config.modality, config.test_samples, config.seed, config.mask)
     if config.sizes is None:
         return evaluate_tokenizer(tokenizer, test, *options)
@@ -104,7 +109,7 @@ def run(config: Config) -> None:
     joined = runtime.accelerator()
     if joined.is_main_process:
         runtime.open_run(folder / "run", dataclasses.asdict(config))
-    task = TokenizerTask(prepare(config), config.modality, config.mask)
+    task = TokenizerTask(prepare(config), config.modality, config.mask, config.crops, config.seed)
     names = [name for name in (config.modality, config.mask) if name]
     loader: Any = Loader(
         ShardDataset(Path(config.data) / "train", names),
@@ -122,7 +127,8 @@ def run(config: Config) -> None:
     if joined.is_main_process:
         tokenizer = cast(ImageTokenizer, trainer.final_model).eval()
         runtime.seed_everything(config.seed, "measure")
-        figures = measure(config, tokenizer)
+        task.model = tokenizer
+        figures = measure(config, task)
         tokenizer.save_pretrained(folder, figures)
         (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
         print(f"{folder}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))

@@ -19,7 +19,7 @@ from fourm.tokenization.diffusion import DiffusionConfig
 from fourm.tokenization.inputs import InputConfig, resize, resize_raw
 from fourm.tokenization.losses import Perceptual, PerceptualConfig
 from fourm.tokenization.quantizers import QuantizerConfig
-from fourm.tokenization.task import Sizes, TokenizerTask, start_from
+from fourm.tokenization.task import Crops, Sizes, TokenizerTask, Views, start_from
 from fourm.training.optim import OptimConfig
 from fourm.verbs import tokenizer as verb
 
@@ -340,3 +340,63 @@ def test_the_moving_average_includes_the_codebook(data, tmp_path):
     mean, _ = train(data, tmp_path / "mean", steps=6, ema=0.9)
     assert not torch.allclose(raw.quantizer.layer.embed, mean.quantizer.layer.embed)
     assert not torch.allclose(raw.quantizer.layer.cluster_size, mean.quantizer.layer.cluster_size)
+
+
+def photos(count=4):
+    """Photos of different shapes, and normals that point along x; the left half is dark, the right half bright."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for i in range(count):
+        height, width = (int(side) for side in rng.integers(40, 90, 2))
+        rgb = np.zeros((height, width, 3), dtype=np.uint8)
+        rgb[:, width // 2 :] = 255
+        normal = np.broadcast_to(np.array([200, 128, 128], dtype=np.uint8), rgb.shape)
+        samples.append({"__key__": f"photo{i}", "rgb": rgb, "normal": normal})
+    return samples
+
+
+def test_photos_of_any_shape_are_cropped_by_seed_epoch_and_key():
+    task = TokenizerTask(ImageTokenizer(BASE), "rgb", crops=Crops(), seed=1)
+    samples = photos()
+    first, again, later = (
+        task.collate(samples, [(epoch, i) for i in range(len(samples))])["images"] for epoch in (0, 0, 1)
+    )
+    assert first.shape == (len(samples), 3, *BASE.input.size)
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert (first != later).flatten(1).any(1).all()
+    alone = task.collate(samples[2:3], [(0, 0)])["images"]
+    torch.testing.assert_close(alone[0], first[2], rtol=0, atol=0)
+
+
+def test_about_half_of_the_crops_are_mirrored():
+    task = TokenizerTask(ImageTokenizer(BASE), "rgb", crops=Crops(scale=(0.9, 1.0)))
+    sample = photos(1)[0]
+    dark_left = [task.view(sample, epoch)["rgb"][:, 0].mean() < 128 for epoch in range(200)]
+    assert 70 < sum(dark_left) < 130  # 5 sigma of a fair coin is 35
+
+
+def test_a_mirror_turns_normals_round():
+    task = TokenizerTask(
+        ImageTokenizer(dataclasses.replace(BASE, input=InputConfig("normal", (SIDE, SIDE)))),
+        "normal",
+        crops=Crops(hflip=1.0),
+    )
+    assert (task.view(photos(1)[0], 0)["normal"] == [55, 128, 128]).all()
+
+
+def test_tests_see_the_centre_square():
+    task = TokenizerTask(ImageTokenizer(BASE), "rgb", crops=Crops())
+    sample = photos(1)[0]
+    height, width = sample["rgb"].shape[:2]
+    side, (rows, columns) = min(height, width), BASE.input.size
+    box = (width - side) // 2, (height - side) // 2, (width - side) // 2 + side, (height - side) // 2 + side
+    expected = Image.fromarray(sample["rgb"]).crop(box).resize((columns, rows), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(Views([sample], task)[0]["rgb"], np.asarray(expected))
+
+
+def test_a_tokenizer_of_photos_of_any_shape(tmp_path):
+    for split in ("train", "test"):
+        write_shards(tmp_path / "data", split, photos(8), shard_size=8)
+    tokenizer, figures = train(tmp_path / "data", tmp_path / "out", steps=60, crops=Crops())
+    assert tokenizer.grid == (4, 4)
+    assert figures["psnr"] > 10  # all grey: 6
