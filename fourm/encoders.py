@@ -105,27 +105,28 @@ class ImageEncoder(Encoder):
         """As `forward`, of standardised pixels."""
         raise NotImplementedError
 
-    def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
+    def prepare(self, images: Sequence[np.ndarray], size: int | None = None) -> Tensor:
         """Pixels (B, 3, h, w) from 0 to 1, resized as a whole, from uint8 pictures (H, W, 3) of one size."""
+        short = self.size if size is None else size
         shapes = {(image.dtype.name, *image.shape) for image in images}
         if len(shapes) != 1 or next(iter(shapes))[0] != "uint8" or images[0].ndim != 3 or images[0].shape[2] != 3:
             raise ValueError(f"{self.name}: expected uint8 pictures (H, W, 3) of one size, got {sorted(shapes)}")
         sides = images[0].shape[:2]
-        if self.size and (min(sides) != self.size or max(sides) % self.step):
-            longer = max(self.size, round(max(sides) / min(sides) * self.size / self.step) * self.step)
-            size = [self.size if side == min(sides) else longer for side in reversed(sides)]
-            images = [np.asarray(Image.fromarray(image).resize(size, self.resample)) for image in images]
+        if short and (min(sides) != short or max(sides) % self.step):
+            longer = max(short, round(max(sides) / min(sides) * short / self.step) * self.step)
+            resized = [short if side == min(sides) else longer for side in reversed(sides)]
+            images = [np.asarray(Image.fromarray(image).resize(resized, self.resample)) for image in images]
         return torch.from_numpy(np.stack(images)).to(self.mean.device).permute(0, 3, 1, 2).float() / 255
 
     @torch.no_grad()
-    def features(self, inputs: Sequence[np.ndarray]) -> Tensor:
-        """Maps (B, h, w, dim) of uint8 pictures (H, W, 3) of one size."""
-        return self(self.prepare(inputs))[0]
+    def features(self, inputs: Sequence[np.ndarray], size: int | None = None) -> Tensor:
+        """Maps (B, h, w, dim) of uint8 pictures (H, W, 3) of one size, their shorter side made `size`, if given."""
+        return self(self.prepare(inputs, size))[0]
 
     @torch.no_grad()
-    def pooled(self, inputs: Sequence[np.ndarray]) -> Tensor:
+    def pooled(self, inputs: Sequence[np.ndarray], size: int | None = None) -> Tensor:
         """One vector (B, dim) for each of the pictures: the network's own summary, or the mean of an inner layer."""
-        return self(self.prepare(inputs))[1]
+        return self(self.prepare(inputs, size))[1]
 
 
 def _grid(tokens: Tensor, pixels: Tensor, patch: int) -> Tensor:

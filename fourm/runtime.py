@@ -10,13 +10,14 @@ import platform
 import random
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -39,8 +40,11 @@ def accelerator(threads: int | None = None) -> Accelerator:
         torch.set_num_threads(threads)
     # A batch need not touch every parameter: a rare modality is absent from some.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # Processes wait for one that measures, or has more to tokenize; torch would give up after 10 to 30 minutes.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))
     # Without `cpu`, accelerate takes several processes on a machine without GPU for as many separate runs.
-    joined = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[unused])
+    on_cpu = not torch.accelerator.is_available()
+    joined = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[unused, patient])
     asked = os.environ.get("WORLD_SIZE", "1")
     if not asked.isdigit() or int(asked) != joined.num_processes:
         raise ValueError(

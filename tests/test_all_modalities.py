@@ -18,9 +18,11 @@ from PIL import Image
 import fourm.data.transforms as raw
 from fourm import cli
 from fourm.data.shards import ShardDataset, write_shards
+from fourm.data.tokens import TokenDataset
 from fourm.data.transforms import MIRRORED_JOINTS, Crop, Poses, View, centre_crop, transform_sample
 from fourm.evaluation.gallery import Gallery, GalleryConfig
 from fourm.evaluation.report import task_figures
+from fourm.evaluation.shown import ShownDataset
 from fourm.evaluation.tasks import Task, TasksConfig, evaluate_tasks
 from fourm.evaluation.tokenizers import evaluate_tokenizer
 from fourm.generation.decode import decode, picture, project, unfold
@@ -33,6 +35,7 @@ from fourm.tokenization.inputs import InputConfig
 from fourm.tokenization.quantizers import QuantizerConfig
 from fourm.tokenization.structured import CODECS_OF_4M, METADATA_21
 from fourm.tokenization.text import train_text_tokenizer
+from fourm.verbs import evaluate, generate, report
 
 ROOT = Path(__file__).parents[1]
 PLAN = ROOT / "configs/generate/4m-21.yaml"
@@ -56,8 +59,8 @@ KINDS = {  # by the beginning of the name: input, backbone, loss
     "tok_sam": (InputConfig("image", (224, 224), channels=1), PIXELS, "l1"),
 }  # fmt: skip
 VIEWED = {  # by raw modality: how its values become those that tokenizers take
-    "rgb": raw.Picture(), "depth": raw.Depth(), "normal": raw.Normals(), "semseg": raw.Classes(),
-    "canny_edge": raw.Depth(), "sam_edge": raw.Depth(), "clip": raw.Features(), "dinov2": raw.Features((16, 16)),
+    "rgb": raw.Picture(), "depth": raw.Map(), "normal": raw.Normals(), "semseg": raw.Classes(),
+    "canny_edge": raw.Map(), "sam_edge": raw.Map(), "clip": raw.Features(), "dinov2": raw.Features((16, 16)),
     "imagebind": raw.Features((16, 16)), "caption": raw.Caption(), "det": raw.Boxes(), "human_poses": raw.Poses(),
     "color_palette": raw.Palette(), "sam_instance": raw.Instances(), "t5_caption": raw.Vectors(),
     "metadata": raw.Metadata(),
@@ -261,6 +264,10 @@ def generated(world, tmp_path_factory):
     return output / "made"
 
 
+def test_diffusion_decoders_take_their_own_steps_unless_told():
+    assert generate.Config.decode_steps is None
+
+
 def test_the_plan_names_every_output_but_the_given_picture(world):
     targets = [target["name"] for target in yaml.safe_load(PLAN.read_text())["targets"]]
     assert {*targets, "tok_rgb@224"} == set(world.space.outputs()) and len(set(targets)) == len(targets)
@@ -326,13 +333,6 @@ def test_a_view_outside_of_the_photo_shows_nobody(world):
     assert Poses()(world.raw[0]["human_poses"], outside) == []
 
 
-class Tokens(list):
-    """A token dataset in memory."""
-
-    def __getitem__(self, where):
-        return super().__getitem__(where[1])
-
-
 @pytest.fixture(scope="module")
 def judged(world, tokens):
     """A model, raw samples as tokenizers take them, and their tokens."""
@@ -341,7 +341,7 @@ def judged(world, tokens):
         {"__key__": sample["__key__"], **{name: sample[key] for name, key in short.items()}} for sample in tokens.viewed
     ]
     made = [{"__key__": sample["__key__"]} | own for sample, own in zip(world.raw, tokens.samples, strict=True)]
-    return FourM.from_pretrained(world.root / "model"), world.tokenizers, raw_samples, Tokens(made)
+    return FourM.from_pretrained(world.root / "model"), world.tokenizers, raw_samples, made
 
 
 def test_the_report_shows_every_modality(judged, world):
@@ -379,6 +379,47 @@ def test_every_output_has_figures_beside_a_constant_and_a_bound(judged, world):
         lines["human_poses", "person_f1_iou50"]["bound"] == 1 and lines["tok_depth@224", "relative_error"]["value"] > 0
     )
     assert lines["caption", "token_f1"]["constant"] == 1  # all captions are the same
+
+
+@pytest.fixture(scope="module")
+def splits(world, tokens):
+    """Raw and token data of the two samples as test and training split, one above the other as `--data`, `--tokens`."""
+    for name in ("raw", "tokens"):
+        (world.root / name / "test").symlink_to(world.root / name / "train")
+    return [world.root / name for name in ("raw", "tokens")]
+
+
+def test_raw_photos_are_measured_in_the_first_crop_of_their_tokens(world, splits):
+    targets = ("tok_depth@224", "det", "color_palette", "caption")
+    tasks = [{"source": "rgb@224", "target": name} for name in targets]
+    fourm = ("evaluate", "--model", world.root / "model", "--tokenizers", world.root, "--output", world.root / "m.json")
+    data = ("--data", splits[0], "--tokens", splits[1], "--matrix_samples", 0, "--tasks.n", 2, "--tasks.draws", 1)
+    cli.main([str(word) for word in (*fourm, *data, "--tasks.tasks", json.dumps(tasks))])
+    figures = json.loads((world.root / "m.json").read_text())
+    assert set(figures["tasks"]) == {f"rgb@224->{name}" for name in targets}
+    assert set(figures["tokenizers"]) == {*world.space.outputs(), "rgb@224"} - {"tok_rgb@224"}
+    assert figures["tokenizers"]["det"]["f1_iou50"] == 1
+
+
+def test_the_report_shows_raw_photos_as_their_tokens_do(world, tokens, splits):
+    model, data = FourM.from_pretrained(world.root / "model"), TokenDataset(splits[1] / "test", world.space)
+    shown = ShownDataset(*splits, "test", world.space, world.tokenizers)
+    gallery = Gallery(model, world.tokenizers, shown, data, GalleryConfig(samples=2, picture="rgb@224"))
+    known = {sample["__key__"]: sample for sample in tokens.viewed}
+    for row, scene in enumerate(gallery.raw):
+        assert np.array_equal(scene["rgb@224"], known[scene["__key__"]]["rgb"])
+        assert all(cell.image or cell.text for cell in gallery.truths([*gallery.targets, "t5_caption"], row))
+
+
+@pytest.mark.parametrize("verb", [evaluate, report])
+def test_diffusion_decoders_are_seeded(verb, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(verb.FourM, "from_pretrained", lambda _: drawn.append(torch.rand(1).item()) or 1 / 0)
+    needed = {name: "x" for name in ("model", "tokenizers", "data", "tokens", "output")}
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            verb.run(verb.Config(**needed, **({"metrics": "x"} if verb is report else {})))
+    assert drawn[0] == drawn[1]
 
 
 def test_tokenizers_of_texts_are_measured(world, tokens):

@@ -96,6 +96,8 @@ def test_pictures_are_resized_as_a_whole_and_keep_their_proportions(vit):
     for (height, width), grid in (((40, 80), (4, 8)), ((90, 40), (9, 4)), ((32, 36), (4, 4)), ((8, 9), (4, 4))):
         assert encoder.features(pictures(height, width)).shape[1:3] == grid
     assert load_encoder(f"timm:local-dir:{vit[0]}", size=64).features(pictures()).shape == (2, 8, 8, 32)
+    assert encoder.features(pictures(), 64).shape == (2, 8, 8, 32)
+    assert encoder.features(pictures()).shape == (2, 4, 4, 32)
     with pytest.raises(ValueError, match="of one size"):
         encoder.features([*pictures(), *pictures(16, 16)])
 

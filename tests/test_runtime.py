@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -43,6 +45,16 @@ def test_world_size_that_did_not_come_together(monkeypatch):
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="asks for 2 processes, but 1 came together"):
         runtime.accelerator()
+
+
+def test_processes_wait_for_each_other_for_days():
+    program = (
+        "import torch, fourm.runtime as r; r.accelerator(); group = torch.distributed.group.WORLD;"
+        "print(group._get_backend(torch.device('cpu')).options._timeout.days)"
+    )
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | alone, capture_output=True, text=True)
+    assert done.stdout == "7\n", done.stderr
 
 
 def test_run_folder_explains_itself(tmp_path):

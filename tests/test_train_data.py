@@ -87,6 +87,10 @@ def test_mixture_is_opened_with_its_shares_and_masks(here):
     assert masker.maskers[0].config == masker.maskers[1].config != masker.maskers[2].config
     held_out, _ = train.open_data(parsed, space, "val")
     assert held_out.ends == [8, 16]  # texts have none
+    assert data.by_epoch and not held_out.by_epoch  # whose samples are always crop 0
+    write_tokens(Path("words"), ["caption"], 8)
+    held_out, _ = train.open_data(read(data=[config()["data"][2] | {"val": "words/val"}]), space, "val")
+    assert set(held_out[0]) == {"__key__", "caption"}
 
 
 def test_one_data_set_is_no_mixture(here):

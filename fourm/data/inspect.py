@@ -19,9 +19,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from fourm.data.shards import EXTENSIONS, Column, Faults, check_tokens, index_folder
+from fourm.data.tokens import CROPS
 from fourm.modalities import Modality, TokenSpace
 
 DRAWN = 2**18  # numbers behind a histogram, about
+SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 class Trouble(NamedTuple):
@@ -95,7 +97,7 @@ class Summary:
             self.lengths += np.atleast_1d((value >= 0).sum(-1)).tolist() if self.row.kind == "text" else []
         if finite.size:
             self.ranges.append((finite.min(), finite.max(), finite.sum(dtype=np.float64), finite.size))
-            self.drawn.append(finite[:: finite.size * len(self.found.entries) // DRAWN + 1])
+            self.drawn.append(finite[:: finite.size * len(self.found.entries) // DRAWN + 1].copy())  # no view
         if not self.row and finite.size < value.size:
             raise ValueError(f"{value.size - finite.size:,} of {value.size:,} numbers are NaN or infinite")
         if not self.row and str(value.dtype) != (expected := self.dtype or next(iter(self.types))):
@@ -132,13 +134,23 @@ def _most(counts: Counter[str]) -> str:
 
 
 def splits(path: Path) -> list[Path]:
-    """Folders of splits: those in `path`, or `path` itself where it holds folders of data."""
+    """Folders of splits: those in `path`, or `path` itself where it holds folders of data.
+
+    Keys may have folders of their own (`train/rgb/n01/x.png`), which only the usual names tell from splits.
+    """
 
     def holds_data(folder: Path) -> bool:
-        return any(child.suffix == ".tar" or child.suffix[1:] in EXTENSIONS for child in folder.iterdir())
+        return any(child.suffix.lower()[1:] in ("tar", *EXTENSIONS) for child in folder.iterdir() if child.is_file())
 
     folders = sorted(child for child in path.iterdir() if child.is_dir() and child.name[0] != ".")
-    return [path] if any(map(holds_data, folders)) else folders
+    if SPLITS & {folder.name for folder in folders}:
+        return folders
+    return [path] if path.absolute().name in SPLITS or any(map(holds_data, folders)) else folders
+
+
+def beside(path: Path, name: str) -> Path:
+    """A file in the root of the data, which for the folder of one split is that above it."""
+    return path.absolute().parent / name if splits(path) == [path] and not (path / name).is_file() else path / name
 
 
 def misaligned(split: str, columns: list[Column]) -> Iterator[Trouble]:
@@ -209,7 +221,7 @@ def inspect(path: str | Path, space: TokenSpace | None = None, samples: int = 6)
     names += [name for name in (space.names if space else ()) if name not in names]
     if not names:
         found.troubles.append(Trouble("", "", "no data", f"{path}: expected <split>/<modality>/ with shards or files"))
-    card = found.path / "card.json"
+    card = beside(found.path, "card.json")
     rows = json.loads(card.read_text()).get("modalities", {}) if card.is_file() and not space else {}
     for folder in folders if names else ():
         faults = {name: Collected(folder.name, name) for name in names}
@@ -219,7 +231,7 @@ def inspect(path: str | Path, space: TokenSpace | None = None, samples: int = 6)
         for column in columns:
             row = space.modalities.get(column.modality) if space else None
             dtype = rows.get(column.modality, {}).get("dtype", "")
-            summary = Summary(folder.name, column, row, "crop_settings" in names, dtype)
+            summary = Summary(folder.name, column, row, CROPS in names, dtype)
             found.summaries.append(summary)
             for key in tqdm(column.entries, f"{folder.name}/{column.modality}", unit=" values", mininterval=1):
                 try:

@@ -331,7 +331,8 @@ class LabelConfig:
         shard_size: Samples in a shard, where the pictures are plain files.
         workers: Threads that read and decode.
         on_error: `raise`, or `skip` samples that cannot be read or labelled, and list them.
-        device: Where teachers run.
+        max_bad: Share of a shard's samples that may be left out; one may in any case.
+        device: Where teachers run; default: on the GPU of the process, if there is one.
     """
 
     data: str
@@ -342,7 +343,8 @@ class LabelConfig:
     shard_size: int = 1024
     workers: int = 1
     on_error: Literal["raise", "skip"] = "raise"
-    device: str = "cpu"
+    max_bad: float = 0.01
+    device: str = "auto"
 
 
 def load_teacher(settings: Mapping[str, Any], device: str = "cpu") -> Callable[[], Teacher]:
@@ -374,10 +376,12 @@ def label(config: LabelConfig) -> None:
     Raises:
         ValueError: Wrong settings, weights that cannot be reached, a label that is there but was made otherwise, or a
             sample that a teacher refuses.
+        RuntimeError: A teacher failed otherwise.
     """
     joined = runtime.accelerator()
     root = Path(config.data)
-    teachers = {name: load_teacher(settings, config.device) for name, settings in config.labels.items()}
+    device = str(joined.device) if config.device == "auto" else config.device
+    teachers = {name: load_teacher(settings, device) for name, settings in config.labels.items()}
     _write_record(config, joined.is_main_process)
     for name, settings in config.labels.items():
         source = settings.get("source", config.image)
@@ -394,8 +398,10 @@ def label(config: LabelConfig) -> None:
                 if len(values) != len(keys):
                     raise ValueError(f"the teacher gave {len(values)} labels for {len(keys)}")
                 return [{"__key__": key, name: value} for key, value in zip(keys, values, strict=True)]
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 raise ValueError(f"label {name!r}, samples {keys[0]!r} to {keys[-1]!r}: {error}") from error
+            except Exception as error:  # not the samples' fault
+                raise RuntimeError(f"label {name!r}, teacher {config.labels[name]['teacher']}: {error!r}") from error
 
         joined.wait_for_everyone()  # this label may be made from another
         for split in config.splits:
@@ -403,7 +409,7 @@ def label(config: LabelConfig) -> None:
             done = rewrite(
                 dataset, root, split, [name], labelled, shard_size=config.shard_size, batch_size=config.batch_size,
                 workers=config.workers, rank=joined.process_index, world_size=joined.num_processes,
-                describe=f"label {split}/{name}", on_error=config.on_error,
+                describe=f"label {split}/{name}", on_error=config.on_error, max_bad=config.max_bad,
             )  # fmt: skip
             print(f"{split}/{name}: {done.samples} samples, {done.made} shards made, {done.kept} kept, "
                   f"{done.rate:.1f} samples/s, skipped: {dict(done.skipped) | dataset.skipped or 'none'}",

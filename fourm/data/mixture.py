@@ -117,8 +117,8 @@ class MixedDataset:
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
-        epoch, i = draw
+    def __getitem__(self, draw: int | tuple[int, int]) -> dict[str, Any]:
+        i = draw[1] if isinstance(draw, tuple) else draw
         number = bisect_right(self.ends, i)
-        dataset = self.datasets[number]
-        return dataset[epoch, i - self.ends[number] + len(dataset)]
+        own = i - self.ends[number] + len(self.datasets[number])
+        return self.datasets[number][(draw[0], own) if isinstance(draw, tuple) else own]

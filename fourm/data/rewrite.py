@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from fourm.data.shards import ShardDataset, add_value, shard_name
+from fourm.data.shards import Faults, ShardDataset, add_value, parse_name, shard_name, tar_entries
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ def rewrite(
     describe: str = "",
     prepare: Callable[[list[Sample]], Any] = list,
     on_error: Literal["raise", "skip"] = "raise",
+    max_bad: float = 0.01,
 ) -> Rewritten:
     """Maps samples to samples, shard by shard; shards whose outputs are all there are kept.
 
@@ -117,17 +118,23 @@ def rewrite(
         describe: Title of the progress bar.
         prepare: Done to the samples of a batch after reading, by the workers.
         on_error: `raise` the ValueError of a bad sample; or `skip`: go through its batch one by one, and list it.
+        max_bad: Share of a shard's samples that may be left out; one may in any case.
 
     Raises:
-        ValueError: A sample that cannot be read, prepared, mapped or written.
+        ValueError: A sample that cannot be read, prepared, mapped or written; too many of them; a shard that is there
+            and has other samples than the source.
     """
     start, done, folder = time.perf_counter(), Rewritten(), Path(output) / split
-    shards = dict(list(shard_keys(dataset, shard_size).items())[rank::world_size])
+    every = shard_keys(dataset, shard_size)
+    shards = dict(list(every.items())[rank::world_size])
     missing = {
         shard: [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
         for shard, keys in shards.items()
         if not all((folder / name / shard).exists() for name in names)
     }
+    for path in sorted((folder / names[0]).glob("*.tar")):
+        if path.name not in every or path.name in shards.keys() - missing.keys():
+            _check_kept(path, every.get(path.name, []), names)
 
     def load(keys: list[str]) -> Any:
         return prepare([dataset.sample(key) for key in keys])
@@ -170,6 +177,9 @@ def rewrite(
                     for batch, loaded in islice(batches, len(missing[shard])):
                         samples = list(mapped(batch, loaded))
                         skipped += [sample for sample in samples if isinstance(sample, Skipped)]
+                        if len(skipped) > (limit := max(1, int(max_bad * len(keys)))):
+                            raise ValueError(f"{first}: {len(skipped)} or more of {len(keys)} samples are bad, max_bad "
+                                             f"{max_bad} allows {limit}; the first: {skipped[0].message}")  # fmt: skip
                         written.result()
                         written = writer.submit(write, [one for one in samples if not isinstance(one, Skipped)], tars)
                         progress.update(len(batch))
@@ -233,6 +243,16 @@ def write_durably(path: Path, text: str) -> None:
     sync(aside)
     aside.replace(path)
     sync(path.parent)
+
+
+def _check_kept(shard: Path, keys: Sequence[str], names: Sequence[str]) -> None:
+    """ValueError where a shard that is there has not the samples that its source has now."""
+    with open(shard, "rb") as stream:
+        there = {parse_name(name)[0] for name, *_ in tar_entries(shard, stream, Faults("raise"))}
+    if other := sorted(there.union(one.key for one in _read_skipped(shard)).symmetric_difference(keys)):
+        raise ValueError(f"{shard}: the source has changed since, {len(other)} samples such as {other[0]!r} are in one "
+                         f"of both only; delete {shard.name} in {', '.join(names)} of {shard.parents[1]}, or these "
+                         "folders")  # fmt: skip
 
 
 def _write_skipped(shard: Path, skipped: Sequence[Skipped]) -> None:

@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
+from fsspec.utils import infer_compression
 
 from fourm.data.shards import Faults, check_tokens
 from fourm.data.tokens import FileSource, Reader, digest, row_stamp, user_cache
 from fourm.modalities import Modality
 
 CHUNK = 1000  # rows of a shard
-FILES = (".txt", ".jsonl", ".parquet", ".gz", ".xz", ".bz2", ".zst")
+FILES = (".txt", ".jsonl", ".json", ".parquet")
 
 
 class TextSource(FileSource):
     """A source of a `TokenDataset`.
 
     Args:
-        text: A file with a text in each line that is not blank (.txt), an object in each line (.jsonl), both also
-            compressed, or a table (.parquet); else the id of a data set on the Hugging Face hub.
+        text: A file with a text in each line that is not blank (.txt), an object in each line (.jsonl, .json), both
+            also compressed, or a table (.parquet); else the id of a data set on the Hugging Face hub.
         modality: Name of the modality that the texts become.
         row: Its row of the modality table.
         encode: Texts to ids, (length,) each.
@@ -39,7 +40,8 @@ class TextSource(FileSource):
         samples: How many rows are used, the first ones; must be given for the hub, default for files: all.
 
     Raises:
-        ValueError: No such file, no number of samples, or the package `datasets` is needed and not installed.
+        ValueError: No such file, one of another kind, no number of samples, or the package `datasets` is needed and not
+            installed.
     """
 
     streamed = True
@@ -58,16 +60,21 @@ class TextSource(FileSource):
     ):
         self.name, self.names, self.row, self.encode, self.field = text, [modality], row, encode, field
         self.subset, self.split = name, split
-        self.local = text.endswith(FILES)
-        if self.local and not Path(text).is_file():
+        path, packed = Path(text), infer_compression(text)
+        self.suffix = Path(path.stem).suffix if packed else path.suffix
+        self.local = path.is_file() or bool(packed) or self.suffix in FILES
+        if self.local and not path.is_file():
             raise ValueError(f"{text}: there is no such file")
+        if self.local and (self.suffix not in FILES or (packed and self.suffix == ".parquet")):
+            raise ValueError(f"{text}: expected a file .txt, .jsonl or .json, also compressed such as .gz, or .parquet")
         if not self.local and samples is None:
-            raise ValueError(f"{text}: a data set of the hub is read as a stream; `samples` must say how many rows")
-        state = Path(text).stat() if self.local else None
-        version = (state.st_size, state.st_mtime_ns) if state else (name, split)
-        self.version = digest(str(version), field, encoder)
-        self.cache = user_cache(f"{Path(text).resolve() if self.local else text}|{name}|{split}|{field}")
-        self._stream: tuple[int, Iterator[str]] = (0, self._rows(0))
+            raise ValueError(
+                f"{text}: no file, so a data set of the hub, read as a stream; `samples` must say how many rows"
+            )
+        state = path.stat() if self.local else None
+        self.version = digest(str(state and (state.st_size, state.st_mtime_ns)))
+        self.cache = user_cache(f"{path.resolve() if self.local else text}|{name}|{split}|{field}|{encoder}")
+        self._stream: tuple[int, Iterator[Any]] = (0, self._rows(0))
         rows = sum(1 for _ in self._rows(0)) if samples is None else samples
         sizes = self.sizes = [min(CHUNK, rows - start) for start in range(0, rows, CHUNK)]
         self.shards = [f"rows-{shard * CHUNK:010d}-{size}" for shard, size in enumerate(sizes)]
@@ -76,33 +83,40 @@ class TextSource(FileSource):
         return self.__dict__ | {"_stream": (-1, iter(()))}
 
     def stamp(self, shard: int, name: str) -> str:
-        """How ids are checked, a dot, and what they are made from."""
+        """File-name suffix: hash of the modality row, dot, hash of the source file."""
         return f"{row_stamp(self.row)}.{self.version}"
 
     def read(self, shard: int, name: str, faults: Faults, bad: list[str]) -> Reader:
         """Number of the row as the key, and its ids."""
         start, size = shard * CHUNK, int(self.shards[shard].rpartition("-")[2])
-        at, rows = self._stream
-        rows = rows if at == start else self._rows(start)
-        texts = list(itertools.islice(rows, size))
-        self._stream = (start + size, rows)
-        if len(texts) < size:
-            raise ValueError(f"{self.name}: has only {start + len(texts)} rows, `samples` asks for more")
-        for number, (text, ids) in enumerate(zip(texts, self.encode(texts), strict=True), start=start):
-            key = f"{number:010d}"
+        at, stream = self._stream
+        stream = stream if at == start else self._rows(start)
+        rows = {f"{start + i:010d}": row for i, row in enumerate(itertools.islice(stream, size))}
+        self._stream = (start + size, stream)
+        if len(rows) < size:
+            raise ValueError(f"{self.name}: has only {start + len(rows)} rows, `samples` asks for more")
+
+        def meet(key: str, error: ValueError) -> None:
+            faults.meet("unreadable", f"{name}, {self.name}, row {key} ({str(rows[key])[:40]!r}): {error}", error)
+            bad.append(key)
+
+        texts = dict[str, str]()
+        for key, row in rows.items():
+            try:
+                texts[key] = self._text(row)
+            except ValueError as error:
+                meet(key, error)
+        for key, ids in zip(texts, self.encode(list(texts.values())), strict=True):
             try:
                 yield key, check_tokens(self.row, ids)
             except ValueError as error:
-                faults.meet("unreadable", f"{name}, {self.name}, row {key} ({text[:40]!r}): {error}", error)
-                bad.append(key)
+                meet(key, error)
 
-    def _rows(self, start: int) -> Iterator[str]:
-        """Texts from a row on."""
-        if self.local and ".parquet" not in self.name:
+    def _rows(self, start: int) -> Iterator[Any]:
+        """Rows from one on: lines of a file, or objects by field."""
+        if self.local and self.suffix != ".parquet":
             with fsspec.open(self.name, "rt", encoding="utf-8", compression="infer") as lines:
-                filled = itertools.islice((line for line in lines if line.strip()), start, None)
-                plain = ".jsonl" not in self.name
-                yield from (line.strip() if plain else self._text(json.loads(line)) for line in filled)
+                yield from itertools.islice((line.strip() for line in lines if line.strip()), start, None)
             return
         try:
             import datasets  # an extra: only those who read such data need it
@@ -112,10 +126,14 @@ class TextSource(FileSource):
             rows = datasets.load_dataset("parquet", data_files=self.name, split="train", streaming=True)
         else:
             rows = datasets.load_dataset(self.name, self.subset, split=self.split, streaming=True)
-        yield from map(self._text, rows.skip(start))
+        yield from rows.skip(start)
 
     def _text(self, row: Any) -> str:
-        text = row.get(self.field)
+        if self.suffix == ".txt":
+            return row
+        row = json.loads(row) if isinstance(row, str) else row
+        text = row.get(self.field) if isinstance(row, Mapping) else None
         if not isinstance(text, str):
-            raise ValueError(f"{self.name}: a row has no text in {self.field!r}, its fields are {', '.join(row)}")
+            fields = ", ".join(row) if isinstance(row, Mapping) else "none"
+            raise ValueError(f"there is no text in {self.field!r}, the fields of the row are {fields}")
         return text

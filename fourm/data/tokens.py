@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from fourm.data.loader import WINDOW, Order
 from fourm.data.shards import EXTENSIONS, Faults, aligned_keys, by_key, check_tokens, parse_name, tar_entries
-from fourm.data.transforms import Picture, View
+from fourm.data.transforms import Map, Picture, View
 from fourm.modalities import Modality, TokenSpace
 
 FORMAT = 1  # of packed files; part of their names
@@ -120,10 +120,10 @@ class Packed:
         """Crops of each sample, (samples,)."""
         return np.diff(self._starts)
 
-    def get(self, epoch: int, i: int) -> np.ndarray:
-        """Value of sample i, (items, ...); the crop follows the epoch."""
+    def get(self, crop: int, i: int) -> np.ndarray:
+        """Value of sample i, (items, ...), of the crop, counted on from the first after the last."""
         start, stop = self._starts[i], self._starts[i + 1]
-        row = start + epoch % (stop - start)
+        row = start + crop % (stop - start)
         return self.values[self._rows[row] : self._rows[row + 1]]
 
 
@@ -194,6 +194,13 @@ class FileSource:
         self.shards = sorted({shard for shards in self._files.values() for shard in shards})
         if not self.shards:
             raise ValueError(f"{path}: no samples, expected shard-*.tar or files")
+        tars = [name for name, shards in self._files.items() if any(file.endswith(".tar") for file in shards)]
+        plain = [name for name, shards in self._files.items() if shards and name not in tars]
+        if tars and plain:
+            raise ValueError(
+                f"{path}: there are tars in {', '.join(tars)} and plain files in {', '.join(plain)}, "
+                "expected all modalities as tars, or all as plain files"
+            )
         beside = Path(root).parent
         if "file" in fs.protocol and os.access(beside, os.W_OK):
             self.cache = beside / ".packed" / base(root)
@@ -208,10 +215,13 @@ class FileSource:
             raise ValueError(f"{self.name}: {error}; `pip install fourm[remote]` brings s3:// and https://") from error
 
     def stamp(self, shard: int, name: str) -> str:
-        """How values are checked, a dot, and what the file system says of the files."""
+        """File-name suffix: hash of the modality row, dot, hash of what the file system says of the source files."""
         stamps = []
         for file, info in self._files[name].get(self.shards[shard], {}).items():
-            marks = ("size", "mtime" if "mtime" in info else "created", "ETag", "blob_id", "LastModified")
+            if info.get("size") is None:  # lists of web servers are links only
+                info.update(self._open()[0].info(info["name"]))
+            date = "mtime" if "mtime" in info else "created"
+            marks = ("size", date, "ETag", "blob_id", "LastModified", "Last-Modified")
             stamps.append(str((file, *map(info.get, marks))))
         return f"{row_stamp(self.space.modalities.get(name), CROPS in self.names)}.{digest(*stamps)}"
 
@@ -304,10 +314,11 @@ class Opened(NamedTuple):
 class TokenDataset:
     """Tokens of one split for training, of any size.
 
-    `dataset[epoch, i]` (or `dataset[i]` for epoch 0) is `{"__key__": key, modality: tokens}`: grid (tokens,) ids, text
-    (length,) ids without end, cut to `max_tokens`, patches uint8 (H, W, C), vectors (length, dim). Of a sample with
-    several crops it is crop `epoch % crops` of every modality; where there are `crop_settings`, images are cropped by
-    them when they are asked for. The arrays are views of the packed files: do not write into them.
+    `dataset[epoch, i]` or `dataset[i]` is `{"__key__": key, modality: tokens}`: grid (tokens,) ids, text (length,) ids
+    without end, cut to `max_tokens`, patches uint8 (H, W, C), vectors (length, dim). Of a sample with several crops it
+    is crop `(epoch + i) % crops` of every modality, so that an epoch shows all kinds; `dataset[i]` is crop 0. Where
+    there are `crop_settings`, images are cropped by them when they are asked for. The arrays are views of the packed
+    files: do not write into them.
 
     Up to `WINDOW` shards are packed at opening, and bad samples left out. More are packed when they are needed or soon
     will be; at opening only the smallest modality of each, for the number of samples. A bad sample then gives way to
@@ -383,7 +394,7 @@ class TokenDataset:
 
     def _count(self) -> list[int]:
         """Samples of each shard, from the smallest modality."""
-        smallest = min(self.space.names, key=self.source.bytes_of)
+        smallest = min(self.space.names, key=lambda n: (self.source.bytes_of(n), self.space[n].kind == "patches"))
         shards = range(len(self.source.shards))
         self._pack(shards, [smallest], describe=f"{self.source.name}, {smallest}")
         self._pack(shards, [smallest], wait=True)
@@ -472,7 +483,9 @@ class TokenDataset:
         if faults.skipped:
             record = source.cache / "dropped" / self._record(shard)
             record.parent.mkdir(exist_ok=True)
-            record.write_text(json.dumps(faults.skipped))
+            aside = record.with_name(f".{record.name}.{os.getpid()}")
+            aside.write_text(json.dumps(faults.skipped))
+            aside.replace(record)
         if len(source.shards) > WINDOW:
             self._check_bad(len(self))
         return self._opened[shard]
@@ -493,8 +506,8 @@ class TokenDataset:
         return self._ends[-1]
 
     def __getitem__(self, draw: int | tuple[int, int]) -> dict[str, Any]:
-        epoch, i = draw if isinstance(draw, tuple) else (0, draw)
-        i = range(len(self))[i]
+        i = range(len(self))[draw[1] if isinstance(draw, tuple) else draw]
+        crop = draw[0] + i if isinstance(draw, tuple) else 0
         shard = bisect_right(self._ends, i)
         place = i - self._ends[shard] + self.sizes[shard]
         while not (opened := self._open(shard)).keys:
@@ -502,7 +515,7 @@ class TokenDataset:
         place %= len(opened.keys)
         sample: dict[str, Any] = {"__key__": opened.keys[place]}
         for name, (packed, places) in opened.columns.items():
-            sample[name] = packed.get(epoch, place if places is None else places[place])
+            sample[name] = packed.get(crop, place if places is None else places[place])
         return self._crop(sample) if CROPS in sample else sample
 
     def _crop(self, sample: dict[str, Any]) -> dict[str, Any]:
@@ -513,5 +526,7 @@ class TokenDataset:
                 data = sample[name].tobytes()
                 image = EXTENSIONS["npy" if data[:6] == b"\x93NUMPY" else "png"].decode(data)
                 size = (row.grid[0] * row.patch_size, row.grid[1] * row.patch_size)
-                sample[name] = Picture(size)(image, View.of(settings, 0, *image.shape[:2]))
+                image = image[..., 0] if image.shape[2:] == (1,) else image
+                view = View.of(settings, 0, *image.shape[:2])
+                sample[name] = Map(size)(image, view)[..., None] if row.channels == 1 else Picture(size)(image, view)
         return sample

@@ -219,7 +219,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Depth(Picture):
+class Map(Picture):
     """Maps of one channel (H, W): depth in uint16 or float32, edges in uint8."""
 
     def __call__(self, raw: np.ndarray, view: View) -> np.ndarray:
@@ -614,7 +614,7 @@ def _drawn(captions: Sequence[Any] | np.ndarray, view: View, choose: str) -> int
 class Vectors:
     """Embedded captions: `emb` (captions, L, D), of which those marked in `mask_valid` (captions, L) count.
 
-    Plain vectors (L, D) stay.
+    Or (captions, L, D) alone, filled up with rows of NaN. Plain vectors (L, D) stay.
 
     Args:
         choose: Of several captions, as in `Caption`.
@@ -624,9 +624,12 @@ class Vectors:
 
     def __call__(self, raw: Any, view: View) -> np.ndarray:
         """(valid, D), those of the view's crop."""
-        if not isinstance(raw, Mapping):
+        if isinstance(raw, Mapping):
+            emb, valid = raw["emb"], raw["mask_valid"].astype(bool)
+        elif raw.ndim == 3:
+            emb, valid = raw, ~np.isnan(raw).all(-1)
+        else:
             return raw
-        emb, valid = raw["emb"], raw["mask_valid"].astype(bool)
         if self.choose == "crop":
             return of_crop(emb, view)[of_crop(valid, view)]
         return emb[_drawn(emb, view, self.choose)][valid[_drawn(emb, view, self.choose)]]
@@ -747,8 +750,8 @@ class Sound:
 # By input kind of the tokenizer, or by text codec; and those of values that are not tokens yet.
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "image": Picture,
-    "field": Depth,
-    "depth": Depth,
+    "field": Map,
+    "depth": Map,
     "normal": Normals,
     "classes": Classes,
     "mask": Mask,

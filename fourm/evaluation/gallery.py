@@ -18,7 +18,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from fourm.evaluation.matrix import aligned_samples, raw_sources, raw_targets
-from fourm.evaluation.texts import readable
 from fourm.evaluation.tokenizers import reconstruct
 from fourm.generation.decode import decode, picture, principal_axes, words
 from fourm.generation.plan import Target, chain
@@ -90,7 +89,7 @@ class Gallery:
     Args:
         model: The model.
         tokenizers: By name of the model modality.
-        raw: `ShardDataset` of the test split.
+        raw: `ShownDataset` of the test split.
         tokens: `TokenDataset` of the same samples in the same order.
         config: What is shown.
 
@@ -104,7 +103,17 @@ class Gallery:
         self.config = config or GalleryConfig()
         self.tokenizers, self.space, self.sampler = tokenizers, model.space, Sampler(model)
         self.sources, self.targets = raw_sources(model.space), raw_targets(model.space)
-        self.raw, self.tokens = aligned_samples(raw, tokens, self.config.samples, self.config.seed)
+        scenes, self.tokens = aligned_samples(raw, tokens, self.config.samples, self.config.seed)
+        self.raw = list(map(dict, scenes))
+        for name in self.image_names:
+            truths = tokenizers[self.targets[name]].targets([scene[name] for scene in self.raw])
+            for scene, truth in zip(self.raw, truths, strict=True):
+                scene[name] = truth
+
+    @property
+    def image_names(self) -> list[str]:
+        """Targets (raw names) that are grids."""
+        return [name for name, target in self.targets.items() if self.space[target].kind == "grid"]
 
     def panels(self) -> dict[str, list[Panel]]:
         """All panels that the model's modalities allow, by the name of their section."""
@@ -142,15 +151,15 @@ class Gallery:
 
     def cell(self, name: str, value: Any, row: int, title: str, given: bool = False) -> Cell:
         """Shows a raw value; numbers are coloured by about the range of the truth of the same sample."""
-        target = self.targets[name]
-        tokenizer, background = self.tokenizers[target], None
-        scale: Any = None
+        target = self.targets.get(name) or self.sources[name]
+        tokenizer: Any = self.tokenizers.get(target)  # pixels and vectors have none
+        size, scale, background = DRAWING, None, None  # type: int, Any, Any
         if self.space[target].kind == "text":
             if words(value):
                 return Cell(title, text=words(value), given=given)
             size = DRAWING if tokenizer.config.codec == "palette" else LARGE_DRAWING
             background = self.raw[row].get(self.config.picture)
-        else:
+        elif tokenizer:
             truth = np.asarray(self.raw[row][name])
             size = len(truth) if truth.ndim > 1 and len(truth) > DRAWING else DRAWING
             if tokenizer.config.input.kind == "field":
@@ -166,14 +175,9 @@ class Gallery:
         return [self.cell(name, values[row], row, f"{name}: {title}") for name, values in made.items()]
 
     def truths(self, names: Sequence[str], row: int, given: bool = False) -> list[Cell]:
-        """The true values of one sample; where raw ones are of a form that only a transform reads, what tokens say."""
+        """The true values of one sample."""
         title = "given" if given else "the truth"
-        values = {name: self.raw[row][name] for name in names}
-        for name in (name for name in names if self.space[self.targets[name]].kind == "text"):
-            target = self.targets[name]
-            if not readable(self.tokenizers[target], [values[name]]):
-                (values[name],) = decode({target: [self.tokens[row][target]]}, self.tokenizers)[target]
-        return [self.cell(name, value, row, f"{name}: {title}", given) for name, value in values.items()]
+        return [self.cell(name, self.raw[row][name], row, f"{name}: {title}", given) for name in names]
 
     def from_picture(self) -> Panel:
         """Every modality predicted from the picture alone, with the truth below, for every shown sample."""
@@ -248,7 +252,7 @@ class Gallery:
 
     def reconstructions(self) -> Panel:
         """What each image tokenizer keeps of the shown samples."""
-        names = [name for name, target in self.targets.items() if self.space[target].kind == "grid"]
+        names = self.image_names
         made = {
             name: reconstruct(self.tokenizers[self.targets[name]], np.stack([scene[name] for scene in self.raw]))[0]
             for name in names

@@ -18,21 +18,32 @@ from fourm.masking.batch import MaskedBatch
 from fourm.masking.transfer import transfer_batch
 from fourm.modalities import TokenSpace
 from fourm.model.fourm import FourM
+from fourm.tokenization.encode import source_of
 
 Matrix = dict[str, dict[str, dict[str, Any]]]
 
 
+def raw_name(space: TokenSpace, name: str) -> str:
+    """What a modality is called in figures: as its raw modality, or by its own name where several are made from that.
+
+    Of those the one with the raw modality's own tokenizer keeps its name, so that a picture is one to any model.
+    """
+    source = source_of(name, space[name])
+    rows = [each for each, row in space.modalities.items() if row.discrete and source_of(each, row) == source]
+    own = [each for each in rows if space[each].tokenizer in (None, source)] if len(rows) > 1 else rows
+    return name if name in rows and own != [name] else source
+
+
 def raw_sources(space: TokenSpace) -> dict[str, str]:
-    """Model modality that stands for each raw modality as a source: the continuous one (pixels) where there are two."""
+    """Model modality that stands for each `raw_name` as a source: the continuous one (pixels) where there are two."""
     discrete_first = sorted(space.inputs(), key=lambda name: not space[name].discrete)
-    chosen = {space[name].source or name: name for name in discrete_first}
-    return {raw: chosen[raw] for raw in dict.fromkeys(space[name].source or name for name in space.inputs())}
+    chosen = {raw_name(space, name): name for name in discrete_first}
+    return {raw: chosen[raw] for raw in dict.fromkeys(raw_name(space, name) for name in space.inputs())}
 
 
 def raw_targets(space: TokenSpace) -> dict[str, str]:
-    """Model modality that stands for each raw modality as a target."""
-    first = {space[name].source or name: name for name in reversed(space.outputs())}
-    return dict(reversed(first.items()))
+    """Model modality that stands for each `raw_name` as a target."""
+    return {raw_name(space, name): name for name in space.outputs()}
 
 
 def chosen_rows(size: int, n: int, seed: int) -> list[int]:
@@ -45,7 +56,7 @@ def chosen_rows(size: int, n: int, seed: int) -> list[int]:
 def aligned_samples(raw: Any, tokens: Any, n: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """n raw samples and their token samples; ValueError where the keys of the two data sets differ."""
     rows = chosen_rows(len(tokens), n, seed)
-    pairs = [(raw[row], tokens[0, row]) for row in rows]
+    pairs = [(raw[row], tokens[row]) for row in rows]
     for scene, sample in pairs:
         if scene["__key__"] != sample["__key__"]:
             raise ValueError(
@@ -94,7 +105,7 @@ def any_to_any(
         raise ValueError(f"n is {n} and batch_size {batch_size}; both must be at least 2, for another sample's source")
     space = model.eval().space
     given, asked = raw_sources(space), raw_targets(space)
-    samples = [dataset[0, row] for row in chosen_rows(len(dataset), n, seed)]
+    samples = [dataset[row] for row in chosen_rows(len(dataset), n, seed)]
     device = next(model.parameters()).device
     tokens, nothing = ({target: np.zeros(n) for target in asked} for _ in range(2))
     pairs = [(source, target) for source in given for target in asked if source != target]

@@ -55,17 +55,6 @@ def delta1(prediction: Array, truth: Array) -> float:
     return float((np.maximum(ratio, 1 / ratio) < 1.25).mean())
 
 
-def codebook(ids: Array, vocab_size: int) -> dict[str, float]:
-    """How well a codebook is used: the share of its codes that occur, and the perplexity of their distribution."""
-    counts = np.bincount(ids.ravel(), minlength=vocab_size)
-    share = counts[counts > 0] / counts.sum()
-    return {
-        "codebook_use": float((counts > 0).mean()),
-        "perplexity": float(np.exp(-(share * np.log(share)).sum())),
-        "vocab_size": float(vocab_size),
-    }
-
-
 def bootstrap_ratio(numerator: Array, denominator: Array, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of sum(numerator) / sum(denominator) when the n samples are redrawn with replacement.
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fourm.evaluation.matrix import aligned_samples, chosen_rows, raw_sources, raw_targets
 from fourm.evaluation.metrics import COMBINE, CONSTANT, key, of_constant
-from fourm.evaluation.texts import readable, score_texts, typical
+from fourm.evaluation.texts import score_texts, typical
 from fourm.evaluation.tokenizers import reconstruct, score, unit
 from fourm.generation.decode import decode, unfold
 from fourm.generation.plan import Target, chain
@@ -132,7 +132,7 @@ def text_figures(
         model: In evaluation mode.
         tokenizer: The target's.
         samples: Token samples that hold `source` and `target`.
-        known: Values to choose the typical one from; default: the truths.
+        known: Values to choose the typical one from.
         source: Model modality that is given.
         target: Model modality (text) that is predicted.
         batch_size: Samples per pass.
@@ -143,7 +143,7 @@ def text_figures(
         given = from_samples(model.space, samples[start : start + batch_size], [source])
         guesses += decode(Sampler(model).generate(given, plan), {target: tokenizer})[target]
     again = decode({target: tokenizer.encode(truth)}, {target: tokenizer})[target]
-    constant = score_texts(tokenizer, unfold(tokenizer, [typical(tokenizer, known or truth)]) * len(truth), truth)
+    constant = score_texts(tokenizer, unfold(tokenizer, [typical(tokenizer, known)]) * len(truth), truth)
     scored: dict[str, Any] = {"n": len(samples), "bound": score_texts(tokenizer, again, truth)}
     return scored | score_texts(tokenizer, guesses, truth) | {of_constant(k): v for k, v in constant.items()}
 
@@ -161,9 +161,9 @@ def evaluate_tasks(
     Args:
         model: Its `space` says which modalities there are.
         tokenizers: By name of the model modality.
-        raw: `ShardDataset` of the test split.
+        raw: `ShownDataset` of the test split.
         tokens: `TokenDataset` of the same samples in the same order.
-        train: `ShardDataset` of the training split, for the constant guess.
+        train: `ShownDataset` of the training split, for the constant guess.
         config: Tasks and budgets; default: the built-in data's.
 
     Returns:
@@ -182,17 +182,21 @@ def evaluate_tasks(
     scenes, samples = aligned_samples(raw, tokens, min(config.n, len(tokens)), config.seed)
     training = [train[row] for row in chosen_rows(len(train), min(config.train_n, len(train)), config.seed)]
     names = {task.target for task in tasks if model.space[targets[task.target]].kind == "grid"}
-    rebuilt = {name: reconstruct(tokenizers[targets[name]], _stack(scenes, name))[0] for name in names}
+    pictures = {
+        name: [tokenizers[targets[name]].targets([scene[name] for scene in group]) for group in (scenes, training)]
+        for name in names
+    }
+    rebuilt = {name: reconstruct(tokenizers[targets[name]], truth)[0] for name, (truth, _) in pictures.items()}
     figures: dict[str, dict[str, Any]] = {}
     for task in tqdm(tasks, desc="tasks", unit="task"):
         tokenizer = tokenizers[targets[task.target]]
         if task.target not in names:
-            texts = readable(tokenizer, [scene[task.target] for scene in training[:TYPICAL_OF]])
+            texts = [scene[task.target] for scene in training[:TYPICAL_OF]]
             figures[f"{task.source}->{task.target}"] = text_figures(
                 model, tokenizer, samples, texts, sources[task.source], targets[task.target], config.batch_size
             )
             continue
-        kind, truth, known = tokenizer.config.input.kind, _stack(scenes, task.target), _stack(training, task.target)
+        kind, (truth, known) = tokenizer.config.input.kind, pictures[task.target]
         guess = draw_pictures(model, tokenizer, samples, sources[task.source], targets[task.target], config)
         scored: dict[str, Any] = {"n": len(scenes), "bound": {}}
         pixels = slice(-1 if kind == "features" else 3)  # a vector without a map is one pixel

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -156,16 +155,6 @@ TEXT_SCORES: dict[str, Callable[[Values, Values, Any], Figures]] = {
 def score_texts(tokenizer: Any, guesses: Values, truths: Values) -> Figures:
     """Figures of values of a text modality, by the codec of its tokenizer."""
     return TEXT_SCORES[tokenizer.config.codec](guesses, truths, tokenizer.codec)
-
-
-def readable(tokenizer: Any, values: Values) -> list[Any]:
-    """Those of the raw values that the codec takes; 4M's own files hold others, which need a transform first."""
-    found = []
-    for value in values:
-        with contextlib.suppress(ValueError):
-            tokenizer.encode([value])
-            found.append(value)
-    return found
 
 
 def typical(tokenizer: Any, values: Values) -> Any:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fourm.evaluation.metrics import SCORES, codebook, key
+from fourm.evaluation.metrics import SCORES, key
 from fourm.evaluation.texts import score_texts
 from fourm.generation.decode import unfold
 from fourm.tokenization.autoencoder import ImageTokenizer
 from fourm.tokenization.inputs import InputConfig, resize_raw
+from fourm.tokenization.quantizers import codebook_use
 from fourm.tokenization.text import TextTokenizer
 
 
@@ -86,13 +87,18 @@ def evaluate_tokenizer(
     if tokenizer.config.input.mask_value is not None:
         where = np.isfinite(truth.reshape(*truth.shape[:3], -1)).all(-1)
         if mask:
-            masks = [np.asarray(sample[mask], np.float32) for sample in samples]
+            masks = [np.float32(np.asarray(sample[mask]) > 0) for sample in samples]
             where &= resize_raw(masks, where.shape[1:], InputConfig()) > 1 - 1e-6
     decoded, ids = reconstruct(tokenizer, truth, valid=where)
     figures = score(tokenizer, decoded, truth, where)
-    used = {name: float(value) for name, value in tokenizer.quantizer.use(torch.from_numpy(ids)).items()}
-    used["vocab_size"] = float(tokenizer.vocab_size)
-    return used | {key(name, "", unit(tokenizer)): value for name, value in figures.items()}
+    return _used(tokenizer, ids, tokenizer.quantizer.config.codebooks) | {
+        key(name, "", unit(tokenizer)): value for name, value in figures.items()
+    }
+
+
+def _used(tokenizer: Any, ids: np.ndarray, books: int = 1) -> dict[str, float]:
+    used = codebook_use(torch.from_numpy(ids), tokenizer.vocab_size, books)
+    return {name: float(value) for name, value in used.items()} | {"vocab_size": float(tokenizer.vocab_size)}
 
 
 def _text_figures(tokenizer: Any, values: Sequence[Any]) -> dict[str, float]:
@@ -101,7 +107,7 @@ def _text_figures(tokenizer: Any, values: Sequence[Any]) -> dict[str, float]:
     twice = tokenizer.decode(tokenizer.encode(once))
     ids = np.concatenate(sequences)
     lengths = [len(sequence) for sequence in sequences]
-    return codebook(ids, tokenizer.vocab_size) | {
+    return _used(tokenizer, ids[None]) | {
         "round_trip": float(np.mean([first == second for first, second in zip(once, twice, strict=True)])),
         "unknown_share": float((ids == 1).mean()),
         "tokens_mean": float(np.mean(lengths)),

@@ -344,7 +344,7 @@ def _spectrogram(raw: Any, how: Drawing) -> Image.Image:
 PICTURES: dict[str, Callable[[Any, Drawing], Image.Image]] = {
     "image": _image,
     "normal": _image,
-    "mask": lambda raw, how: how.fit(255 * np.asarray(raw, dtype=np.uint8)),
+    "mask": lambda raw, how: how.fit(255 * np.uint8(np.asarray(raw) > 0)),
     "field": partial(_numbers, colours="viridis", cut=0),
     "depth": partial(_numbers, colours="turbo", cut=0.02),
     "classes": _classes,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HUB_CACHE
+
 from fourm.checkpoint import resolve
+from fourm.encoders import LOADERS
 from fourm.tokenization.autoencoder import ImageTokenizer
 from fourm.tokenization.official import load_official
 from fourm.tokenization.structured import CODECS_OF_4M
@@ -45,6 +48,11 @@ def load_tokenizer(path_or_id: str | Path, domain: str | None = None) -> AnyToke
     kind = content.get("type")
     if kind not in TOKENIZERS:
         raise ValueError(f"{config}: type is {kind!r}, allowed are {', '.join(TOKENIZERS)}")
+    encoder = content.get("input", {}).get("encoder", "")
+    downloaded = Path(HF_HUB_CACHE).absolute() in path.absolute().parents
+    if downloaded and encoder.partition(":")[0] not in ("", *LOADERS):
+        raise ValueError(f"{path_or_id} is from the hub and names a function to run as its encoder, {encoder!r}: only "
+                         "tokenizers of other folders may")  # fmt: skip
     return TOKENIZERS[kind].from_folder(path)
 
 

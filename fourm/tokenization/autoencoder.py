@@ -197,27 +197,26 @@ class ImageTokenizer(nn.Module):
         source = self.config.input
         encoder: Any = _frozen(source.encoder, next(self.parameters()).device)
         expected = (*(size or source.size), source.channels)
-        if hasattr(encoder, "size"):
-            encoder.size = source.encoder_size * min(expected[:2]) // min(source.size)
-        found = encoder.pooled(images)[:, None, None] if source.size == (1, 1) else encoder.features(images)
+        pixels = source.encoder_size * min(expected[:2]) // min(source.size)  # one encoder serves several sizes
+        inputs = (images, pixels) if hasattr(encoder, "size") else (images,)
+        found = encoder.pooled(*inputs)[:, None, None] if source.size == (1, 1) else encoder.features(*inputs)
         if found.shape[1:] != expected:
             raise ValueError(f"{source.encoder} gives features {tuple(found.shape[1:])}, expected {expected}: see "
                              "input.size, channels and encoder_size")  # fmt: skip
         return found.float().permute(0, 3, 1, 2)
 
-    def shown(self, raw: np.ndarray, view: View, normals: bool = False) -> np.ndarray:
+    def shown(self, raw: np.ndarray, view: View) -> np.ndarray:
         """What a view shows of a raw array, in the size of the input, by the transform of its kind.
 
         Args:
             raw: An array of any size, the view's.
             view: Which part, and whether mirrored.
-            normals: An `image` holds normals, whose x turns round in a mirror.
         """
         source = self.config.input
         kind, size = source.kind, source.size
         if self.encodes([raw]):
             kind, size = "image", (source.encoder_size, source.encoder_size)
-        elif kind == "image" and (source.channels == 1 or normals):
+        elif kind == "image" and (source.channels == 1 or source.normals):
             kind = "field" if source.channels == 1 else "normal"
         return TRANSFORMS[kind](size=size)(raw, view)
 

@@ -21,12 +21,13 @@ from fourm import runtime
 from fourm.checkpoint import resolve
 from fourm.data.rewrite import Rewritten, Sample, rewrite, write_durably
 from fourm.data.shards import EXTENSIONS, Encoded, ShardDataset, check_tokens
-from fourm.data.transforms import TRANSFORMS, Instances, View, crop_settings
+from fourm.data.tokens import CROPS
+from fourm.data.transforms import Instances, View, crop_settings
 from fourm.modalities import Modality, TokenSpace
 from fourm.tokenization import AnyTokenizer, ImageTokenizer, TextTokenizer, load_tokenizer
 from fourm.tokenization.structured import SAM_SIZE
+from fourm.tokenization.text import shown_value
 
-CROPS = "crop_settings"  # modality with the crops of each sample
 Samples = Sequence[Mapping[str, Any]]
 Views = Sequence[list[View]]  # of each sample
 
@@ -74,6 +75,7 @@ class TokenizeConfig:
         device: Where image tokenizers run; default: on the GPU of the process, if there is one.
         precision: Of their encoders: `fp32`; or `bf16` or `auto`, faster on a GPU, with other ids where two are near.
         on_error: What bad samples do: `raise`; or `skip`, count, and list in `<shard>.skipped.jsonl`.
+        max_bad: Share of a shard's samples that may be left out; one may in any case.
         verify: Only read the output again and say what is wrong with it.
     """
 
@@ -90,6 +92,7 @@ class TokenizeConfig:
     device: str = "auto"
     precision: str = "fp32"
     on_error: Literal["raise", "skip"] = "raise"
+    max_bad: float = 0.01
     verify: bool = False
 
 
@@ -272,8 +275,10 @@ class SampleEncoder:
             return [Encoded(column.entries[key].extension, column.read(key)) for key in keys]
         if row.grid and tokenizer is None:
             rows: list[np.ndarray] = [np.stack(check_tokens(row, value)) for value in raw]
+            if few := [len(crops) for crops, of in zip(rows, views, strict=True) if len(crops) < len(of)]:
+                raise ValueError(f"there are ids of {few[0]} crops, expected {max(map(len, views))}")
             return [crops[: len(of)].astype(_id_type(row)) for crops, of in zip(rows, views, strict=True)]
-        shown = [[self._shown(name, value, view, len(of)) for view in of] for value, of in zip(raw, views, strict=True)]
+        shown = [[self.shown(name, value, view, len(of)) for view in of] for value, of in zip(raw, views, strict=True)]
         if tokenizer is None:
             return [_padded(crops, np.nan) for crops in shown]
         flat = [value for crops in shown for value in crops]
@@ -282,21 +287,15 @@ class SampleEncoder:
         texts = iter(tokenizer.encode(flat))
         return [_padded([next(texts) for _ in crops], -1).astype(_id_type(row)) for crops in shown]
 
-    def _shown(self, name: str, raw: Any, view: View, crops: int) -> Any:
+    def shown(self, name: str, raw: Any, view: View, crops: int) -> Any:
         """What a view shows of a raw value: the transform follows from its tokenizer."""
         tokenizer = self.tokenizers.get(name)
         if not isinstance(tokenizer, ImageTokenizer):
-            codec = tokenizer.config.codec if tokenizer else "vectors"
-            options: dict[str, Any] = {}
-            if codec in ("caption", "vectors"):
-                captions = raw["emb"] if isinstance(raw, Mapping) and "emb" in raw else raw
-                options = {"choose": "crop" if len(captions) == crops else "random"}
-            elif tokenizer and tokenizer.inner:
-                options = _inner(tokenizer) if codec == "sam_instances" else {"encode": _inner(tokenizer)["encode"]}
-            return TRANSFORMS[codec](**options)(raw, view) if codec in TRANSFORMS else raw
+            inner = _inner(tokenizer) if tokenizer else {}
+            return shown_value(tokenizer.config.codec if tokenizer else "vectors", raw, view, crops, **inner)
         if not self.cropped:
             return raw
-        return tokenizer.shown(raw, view, normals="normal" in name)  # the published one takes them for pictures
+        return tokenizer.shown(raw, view)
 
     @torch.no_grad()
     def encode(self, prepared: Prepared) -> list[Sample]:
@@ -352,7 +351,7 @@ def tokenize(config: TokenizeConfig) -> None:
 
     Raises:
         ValueError: The output was made with another table, other tokenizers or other settings; a tokenizer does not fit
-            its modality or its data.
+            its modality or its data; crops are asked for of what is tokens already.
     """
     joined = runtime.accelerator()
     device = joined.device if config.device == "auto" else torch.device(config.device)
@@ -362,13 +361,17 @@ def tokenize(config: TokenizeConfig) -> None:
     raw = dict.fromkeys([*sources.values(), *([CROPS] * given), *([config.crops.image] if config.crops else [])])
     opened = {split: ShardDataset(Path(config.data) / split, list(raw), config.on_error) for split in config.splits}
     encoded = {name: r for name, r in space.modalities.items() if not _are_ids(opened[first], sources[name], r)}
+    if config.crops and not given and (ids := space.modalities.keys() - encoded.keys()):
+        raise ValueError(f"{config.data}: {', '.join(sorted(ids))} are tokens already; without {CROPS}, which say of "
+                         "which crops, no others can be added")  # fmt: skip
     tokenizers = load_tokenizers(TokenSpace(encoded), config.tokenizers, str(device)) if encoded else {}
+    dtype = runtime.autocast_dtype(config.precision, device)
     if joined.is_main_process:
-        _write_card(output, config, space, tokenizers)
+        _write_card(output, config, space, tokenizers, {"raw": sources, "precision": str(dtype)})
     joined.wait_for_everyone()
     encoder = SampleEncoder(
-        space, tokenizers, sources, config.crops, given or config.crops is not None, config.layout,
-        runtime.autocast_dtype(config.precision, device), config.batch_size,
+        space, tokenizers, sources, config.crops, given or config.crops is not None, config.layout, dtype,
+        config.batch_size,
     )  # fmt: skip
     counts = {}
     for split, dataset in opened.items():
@@ -377,7 +380,7 @@ def tokenize(config: TokenizeConfig) -> None:
             dataset, output, split, encoder.names, encoder.encode, prepare=encoder.prepare,
             shard_size=config.shard_size, batch_size=config.batch_size, workers=config.workers,
             rank=joined.process_index, world_size=joined.num_processes, describe=f"tokenize {split}",
-            on_error=config.on_error,
+            on_error=config.on_error, max_bad=config.max_bad,
         )  # fmt: skip
         counts[split] = _count(gather_object([done]), dataset.skipped)
     if joined.is_main_process:
@@ -402,7 +405,11 @@ def _count(parts: Sequence[Rewritten], at_opening: Mapping[str, int]) -> dict[st
 
 
 def _write_card(
-    output: Path, config: TokenizeConfig, space: TokenSpace, tokenizers: Mapping[str, AnyTokenizer]
+    output: Path,
+    config: TokenizeConfig,
+    space: TokenSpace,
+    tokenizers: Mapping[str, AnyTokenizer],
+    more: Mapping[str, Any],
 ) -> None:
     """Says what the tokens are made from, and refuses to mix them with tokens made otherwise."""
     fingerprints = {}
@@ -411,7 +418,7 @@ def _write_card(
         digest = hashlib.sha256(_content(folder))
         if isinstance(tokenizer, TextTokenizer) and tokenizer.inner:
             digest.update(_content(_folder(tokenizer.config.inner, config.tokenizers)))
-        fingerprints[name] = {"folder": str(folder), "sha256": digest.hexdigest()}
+        fingerprints[name] = digest.hexdigest()
     card = {
         "source": config.data,
         "shard_size": config.shard_size,
@@ -419,10 +426,11 @@ def _write_card(
         "layout": config.layout,
         "tokenizers": fingerprints,
         "modalities": space.to_dict(),
+        **more,
     }
     text = json.dumps(card, indent=2) + "\n"
     path = output / "card.json"
-    if path.exists() and path.read_text() != text:
+    if path.exists() and json.loads(path.read_text()) | {"source": config.data} != json.loads(text):
         raise ValueError(
             f"{output} holds tokens made with another configuration (see {path}); choose another folder or delete it"
         )

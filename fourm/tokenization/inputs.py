@@ -26,11 +26,12 @@ class InputConfig:
 
     Args:
         kind: A name in `KINDS`: `image` (uint8), `field` (numbers with a unit), `normal` (unit vectors coded as uint8),
-            `classes` (integer ids), `depth` (numbers up to offset and scale), `mask` (0 and 1), `features` (vectors),
-            `spectrogram` (waves of sound, which the network sees as mel bands over time).
+            `classes` (integer ids), `depth` (numbers up to offset and scale), `mask` (0 and 1 or 255), `features`
+            (vectors), `spectrogram` (waves of sound, which the network sees as mel bands over time).
         size: Height and width in pixels.
         channels: Channels of an `image` (1 means arrays without a channel axis) or of `features`, whose arrays are
             (H, W, channels), or (channels,) where the size is 1 x 1.
+        normals: An `image` holds normals: x turns round in a mirror.
         mean: Subtracted from the values of an `image` in [0, 1], one number or one per channel; of `features`, from the
             RGB image they are made from.
         std: Divides them after that.
@@ -57,6 +58,7 @@ class InputConfig:
     kind: str = "image"
     size: tuple[int, int] = (64, 64)
     channels: int = 3
+    normals: bool = False
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     low: float = 0.0
@@ -86,6 +88,8 @@ class InputConfig:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {self.classes} classes")
         if self.kind == "image" and {len(self.mean), len(self.std)} - {1, self.channels}:
             raise ValueError(f"mean {self.mean}, std {self.std}: expected 1 or {self.channels} numbers each")
+        if self.normals and (self.kind, self.channels) != ("image", 3):
+            raise ValueError(f"normals fit inputs of kind 'image' and 3 channels, not {self.kind!r} of {self.channels}")
         if self.mask_value is not None and self.kind in ("classes", "mask", "spectrogram"):
             raise ValueError(f"mask_value does not fit inputs of kind {self.kind!r}")
         if self.encoder and self.kind != "features":
@@ -195,11 +199,11 @@ def _depth(raw: Arrays, config: InputConfig) -> Tensor:
 
 
 def _mask(raw: Arrays, config: InputConfig) -> Tensor:
-    """Masks (B, H, W), bool or 0 and 1, to float (B, 1, H, W)."""
+    """Masks (B, H, W), bool or 0 and 1 or 0 and 255, to float (B, 1, H, W)."""
     values = _stack(raw, config, "mask")
-    if values.dtype.kind not in "biu" or values.min() < 0 or values.max() > 1:
-        raise ValueError(f"expected masks, bool or integers 0 and 1, got {_describe(values)}")
-    return torch.from_numpy(values).float().unsqueeze(1)
+    if values.dtype.kind not in "biu" or not np.isin(values, (0, 255 if values.max(initial=0) > 1 else 1)).all():
+        raise ValueError(f"expected masks, bool or integers 0 and 1 or 0 and 255, got {_describe(values)}")
+    return torch.from_numpy(values > 0).float().unsqueeze(1)
 
 
 def _features(raw: Arrays, config: InputConfig) -> Tensor:
@@ -310,7 +314,7 @@ def to_network(raw: Arrays, config: InputConfig, valid: Arrays | None = None) ->
     Args:
         raw: Arrays of `config.raw_shape`.
         config: What they look like.
-        valid: Masks (B, H, W), bool or 0 and 1, of valid pixels; default: all that are finite.
+        valid: Masks (B, H, W), bool or 0 and 1 or 255, of valid pixels; default: all that are finite.
 
     Returns:
         (B, encoded_channels, H, W) float, or class numbers (B, H, W).

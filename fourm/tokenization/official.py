@@ -201,11 +201,12 @@ def _input(domain: str | None, patches: bool, classes: int, channels: int) -> In
                            class_head=False)  # fmt: skip
     if not patches:
         return InputConfig("features", channels=channels, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    kind = DOMAINS.get((domain or "").replace("-", "_").lower(), "image" if channels == 3 else None)
+    name = (domain or "").replace("-", "_").lower()
+    kind = DOMAINS.get(name, "image" if channels == 3 else None)
     if kind is None:
         raise ValueError(f"domain is {domain!r}; for images of {channels} channel(s) it must tell how they are "
                          f"normalised, allowed are {', '.join(DOMAINS)}")  # fmt: skip
-    return InputConfig(kind, channels=channels)
+    return InputConfig(kind, channels=channels, normals=name == "normal")
 
 
 def _quantizer(given: Mapping[str, Any]) -> QuantizerConfig:

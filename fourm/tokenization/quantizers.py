@@ -1,10 +1,10 @@
 """Quantizers: continuous latents to ids and back, behind one call.
 
-FSQ (Mentzer et al. 2023) needs no codebook and is the default; LFQ (Yu et al. 2023) and SimVQ (Zhu et al. 2024) scale
-to large vocabularies: these wrap a layer of `vector-quantize-pytorch`. VQ learns its codes by moving averages and
-replaces codes that nothing falls on, which suits fields that are mostly empty, and memcodes picks values by their keys
-from several codebooks at once: these two update and decode as 4M's tokenizers do, where the library differs. Residual
-quantizers (Zeghidour et al. 2021), again the library's, give several tokens per latent: each for what the last left.
+VQ learns its codes by moving averages and replaces codes that nothing falls on; it is the default, as it loses least on
+the built-in data (README). Memcodes picks values by their keys from several codebooks at once. These two update and
+decode as 4M's tokenizers do, where the library differs. FSQ (Mentzer et al. 2023) needs no codebook, LFQ (Yu et al.
+2023) and SimVQ (Zhu et al. 2024) scale to large vocabularies, and residual quantizers (Zeghidour et al. 2021) give
+several tokens per latent, each for what the last left: these wrap layers of `vector-quantize-pytorch`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class QuantizerConfig:
         weight: Of the quantizer's own loss: commitment (vq, simvq, residual_vq) or commitment and entropy (lfq).
     """
 
-    type: Literal["fsq", "vq", "lfq", "simvq", "memcodes", "residual_vq", "residual_fsq"] = "fsq"
+    type: Literal["vq", "fsq", "lfq", "simvq", "memcodes", "residual_vq", "residual_fsq"] = "vq"
     levels: tuple[int, ...] = (8, 8, 8)
     codebook_size: int = 512
     codebooks: int = 1
@@ -317,12 +317,11 @@ class Quantizer(nn.Module):
             return self.layer.indices_to_codes(ids)
         return self.layer.decode(ids)
 
-    @torch.no_grad()
-    def use(self, ids: Tensor) -> dict[str, Tensor]:
-        """Of ids (B, h * n): the share of codes that occur and the perplexity, means over codebooks (scalars)."""
-        books, size = self.config.codebooks, self.config.vocab_size
-        first = size * torch.arange(books, device=ids.device)[:, None]
-        counts = torch.bincount((ids.unflatten(1, (books, -1)) + first).flatten(), minlength=books * size)
-        share = counts.view(books, size) / (ids.numel() / books)
-        entropy = torch.special.entr(share).sum(1)
-        return {"codebook_use": (share > 0).float().mean(), "perplexity": entropy.exp().mean()}
+
+def codebook_use(ids: Tensor, size: int, books: int = 1) -> dict[str, Tensor]:
+    """Of ids (B, h * n) of h codebooks: the share of codes that occur and the perplexity, means over them (scalars)."""
+    first = size * torch.arange(books, device=ids.device)[:, None]
+    counts = torch.bincount((ids.unflatten(1, (books, -1)) + first).flatten(), minlength=books * size)
+    share = counts.view(books, size) / (ids.numel() / books)
+    entropy = torch.special.entr(share).sum(1)
+    return {"codebook_use": (share > 0).float().mean(), "perplexity": entropy.exp().mean()}

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fourm.data.transforms import Mask, View, centre_crop, random_crop
+from fourm.data.transforms import BodyPose, Crop, InstanceMasks, Mask, View, centre_crop, random_crop
 from fourm.runtime import derive_seed
 from fourm.tokenization.autoencoder import ALL_PIXELS, ImageTokenizer
-from fourm.tokenization.inputs import resize
+from fourm.tokenization.inputs import InputConfig, resize
 from fourm.tokenization.losses import LOSSES, Perceptual, per_image
+from fourm.tokenization.quantizers import codebook_use
 
 DECODES = ("decoder.", "class_out.")
 MANY_CLASSES = 8  # from here on the softmax costs more than the rest of a training step
@@ -37,7 +38,8 @@ class Sizes:
 
     def __post_init__(self) -> None:
         if self.step < 1 or not 0 < self.low <= self.high or (self.high - self.low) % self.step:
-            raise ValueError(f"sizes are {self.low} to {self.high} in steps of {self.step}: which do not lead there")
+            raise ValueError(f"sizes are {self.low} to {self.high} in steps of {self.step}: high - low must "
+                             "be a multiple of step")  # fmt: skip
 
     def draw(self, seed: int, update: int) -> tuple[int, int]:
         """Height and width of one update: the same in all its batches, in all processes, and when it is repeated."""
@@ -93,10 +95,10 @@ def start_from(tokenizer: ImageTokenizer, trained: ImageTokenizer) -> bool:
     """Takes over the weights of a trained tokenizer; tables of positions stay those of the new size.
 
     Returns:
-        Whether the decoder's were taken too: only if both are of the same make.
+        Whether the decoder's were taken too: only if both are of the same architecture.
 
     Raises:
-        ValueError: Inputs, quantizers or encoders are not of the same make.
+        ValueError: Inputs, quantizers or encoders are not of the same architecture.
     """
     made = []
     for each in (tokenizer.config, trained.config):
@@ -113,6 +115,19 @@ def start_from(tokenizer: ImageTokenizer, trained: ImageTokenizer) -> bool:
     taken = {name: value for name, value in theirs.items() if not (differ and name.startswith(DECODES))}
     tokenizer.load_state_dict(taken, strict=False)
     return not differ
+
+
+def part(raw: Any, source: InputConfig, seed: int) -> Any:
+    """The first body of HMR 2.0's people for `features`, one of SAM's contours for a `mask`; zeros where none is."""
+    if source.kind == "features":
+        return BodyPose()(raw, View(Crop(0, 0, 1, 1), 1, 1))
+    if source.kind != "mask":
+        return raw
+    corners = [np.reshape(one["points"], (-1, 2)) for one in raw]
+    width, height = (np.concatenate(corners).max(0) + 1).tolist() if corners else (1, 1)
+    view = View(Crop(0, 0, height, width), height, width, seed=seed)
+    masks = InstanceMasks((height, width), source.size[0])(raw, view)["masks"]
+    return masks[view.generator("part").integers(len(masks))] if len(masks) else np.zeros(source.size, bool)
 
 
 class TokenizerTask:
@@ -138,17 +153,23 @@ class TokenizerTask:
         """Raw samples to a batch: `images` as `ImageTokenizer.forward` takes them (RGB arrays, where a frozen encoder
         makes features of them on the device), and `keys`."""
         tokenizer = cast(ImageTokenizer, self.model)
-        if self.crops is not None:
-            samples = [self.view(sample, epoch) for sample, (epoch, _) in zip(samples, draws, strict=True)]
+        samples = [self.view(sample, epoch) for sample, (epoch, _) in zip(samples, draws, strict=True)]
         raw = [sample[self.modality] for sample in samples]
         valid = [sample[self.mask] for sample in samples] if self.mask else None
         images = np.stack(raw) if tokenizer.encodes(raw) else tokenizer.preprocess(raw, valid)
         return {"images": images, "keys": tuple(sample["__key__"] for sample in samples)}
 
     def view(self, sample: Mapping[str, Any], epoch: int | None = None) -> dict[str, Any]:
-        """A sample whose image, and mask, are cropped: at random in an epoch, or else to the centre square."""
-        assert self.crops is not None
+        """A sample whose image, and mask, are cropped: at random in an epoch, or else to the centre square.
+
+        Of values that are no arrays it is what the tokenizer learns from, see `part`.
+        """
         shown, tokenizer = dict(sample), cast(ImageTokenizer, self.model)
+        if not isinstance(sample[self.modality], np.ndarray):
+            seed = derive_seed(self.seed, "part", epoch or 0, sample["__key__"])
+            return shown | {self.modality: part(sample[self.modality], tokenizer.config.input, seed)}
+        if self.crops is None:
+            return shown
         height, width = np.shape(sample[self.modality])[:2]
         crop = centre_crop(height, width)
         if epoch is not None:
@@ -156,7 +177,7 @@ class TokenizerTask:
             crop = random_crop(height, width, rng, self.crops.scale, self.crops.ratio)
             crop = crop._replace(hflip=bool(rng.random() < self.crops.hflip))
         view = View(crop, height, width)
-        shown[self.modality] = tokenizer.shown(sample[self.modality], view, normals="normal" in self.modality)
+        shown[self.modality] = tokenizer.shown(sample[self.modality], view)
         if self.mask:
             shown[self.mask] = Mask(tokenizer.config.input.size)(sample[self.mask], view)
         return shown
@@ -196,7 +217,7 @@ class TokenizerTask:
                 total = self.perceptual.to(x.device)(first, second).float().sum()
                 parts["perceptual"] = config.perceptual.weight * total / counts[0]
         parts["quantizer"] = own * share
-        used = tokenizer.quantizer.use(ids.detach())
+        used = codebook_use(ids.detach(), tokenizer.vocab_size, config.quantizer.codebooks)
         return {
             "loss": torch.stack(list(parts.values())).sum(),
             **{f"loss/{name}": part.detach() for name, part in parts.items()},

@@ -22,6 +22,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
+from fourm.data.transforms import TRANSFORMS, Crop, View
 from fourm.tokenization.structured import CODECS, CodecConfig
 
 CONTROL = ("[PAD]", "[UNK]", "[SOS]", "[EOS]")
@@ -159,6 +160,25 @@ class TextTokenizer:
         return cls(tokenizer, codec or CodecConfig("caption"))
 
 
+def shown_value(codec: str, raw: Any, view: View, crops: int = 1, **inner: Any) -> Any:
+    """What a view shows of a raw value, in the form that a text codec writes.
+
+    Args:
+        codec: A name in `CODECS`, or `vectors` for embedded captions.
+        raw: The value as it is stored: in the codec's form, or as 4M and `fourm label` store it.
+        view: Which part of the image, and the seed of random choices.
+        crops: Of as many captions each crop has its own; of another number a random one is taken.
+        inner: `encode` and `mask_size` of the transform, where ids stand within the value.
+    """
+    options: dict[str, Any] = {}
+    if codec in ("caption", "vectors"):
+        captions = raw["emb"] if isinstance(raw, Mapping) and "emb" in raw else raw
+        options = {"choose": "crop" if len(captions) == crops else "random"}
+    elif inner and codec in ("human_poses", "sam_instances"):
+        options = inner if codec == "sam_instances" else {"encode": inner["encode"]}
+    return TRANSFORMS[codec](**options)(raw, view) if codec in TRANSFORMS else raw
+
+
 def fit_text_tokenizers(
     samples: Iterable[Mapping[str, Any]],
     codecs: Mapping[str, CodecConfig],
@@ -170,7 +190,7 @@ def fit_text_tokenizers(
     """One WordPiece fitted on all text modalities of the samples, with one tokenizer per modality around it.
 
     Args:
-        samples: Raw samples; a modality may be absent.
+        samples: Raw samples, in the codecs' form or as `fourm label` writes them; a modality may be absent.
         codecs: How each modality is written as text.
         vocab_size: As in `train_text_tokenizer`, like the others.
         bins: See there.
@@ -178,8 +198,18 @@ def fit_text_tokenizers(
         lowercase: See there. Off, names of places come back as they were.
     """
     writers = {name: CODECS[config.codec](config) for name, config in codecs.items()}
-    texts = chain.from_iterable(
-        (writer.to_text(sample[name]) for name, writer in writers.items() if name in sample) for sample in samples
+    texts = (
+        writer.to_text(_to_learn_from(codecs[name].codec, sample[name], seed))
+        for seed, sample in enumerate(samples)
+        for name, writer in writers.items()
+        if name in sample
     )
     tokenizer = train_text_tokenizer(texts, vocab_size, bins, sentinels, lowercase)
     return {name: TextTokenizer(tokenizer, config) for name, config in codecs.items()}
+
+
+def _to_learn_from(codec: str, raw: Any, seed: int) -> Any:
+    """A value of the whole image, of about any size, with ids that stand for those that its inner tokenizer makes."""
+    length = 8 if codec == "human_poses" else 16
+    return shown_value(codec, raw, View(Crop(0, 0, 1024, 1024), 1024, 1024, seed=seed), mask_size=64,
+                       encode=lambda values: np.zeros((len(values), length), int))  # fmt: skip

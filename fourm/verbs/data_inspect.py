@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from fourm.data.inspect import inspect
+from fourm.data.inspect import beside, inspect
 from fourm.modalities import TokenSpace
 
 
@@ -18,7 +18,7 @@ class Config:
     Args:
         path: Root of raw or token data (with a folder for each split), or the folder of one split.
         output: The page with pictures; default: `inspect.html` in that folder.
-        modalities: YAML file with the modality table of token data; default: `modalities.yaml` in that folder.
+        modalities: YAML file with the modality table of token data; default: `modalities.yaml` in the root.
         samples: Samples shown of each split.
     """
 
@@ -35,7 +35,7 @@ def run(config: Config) -> None:
     if not Path(config.path).is_dir():
         print(f"fourm data inspect: path is {config.path}, which is not a folder", file=sys.stderr)
         sys.exit(2)
-    table = Path(config.modalities or Path(config.path) / "modalities.yaml")
+    table = Path(config.modalities or beside(Path(config.path), "modalities.yaml"))
     space = TokenSpace.from_yaml(table) if config.modalities or table.is_file() else None
     found = inspect(config.path, space, config.samples)
     output = Path(config.output or Path(config.path) / "inspect.html")

@@ -9,13 +9,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fourm import runtime
-from fourm.data.shards import ShardDataset
 from fourm.data.tokens import TokenDataset
-from fourm.evaluation.matrix import any_to_any
+from fourm.evaluation.matrix import any_to_any, raw_name
+from fourm.evaluation.shown import ShownDataset
 from fourm.evaluation.tasks import TasksConfig, evaluate_tasks
 from fourm.evaluation.tokenizers import evaluate_tokenizer
 from fourm.model.fourm import FourM
-from fourm.tokenization.encode import load_tokenizers, source_of
+from fourm.tokenization.encode import load_tokenizers
 
 
 @dataclass(kw_only=True)
@@ -47,17 +47,19 @@ class Config:
 
 def run(config: Config) -> None:
     """Writes the figures as JSON."""
+    runtime.seed_everything(config.seed)  # diffusion decoders draw from the global generator
     model = FourM.from_pretrained(config.model)
     tokenizers = load_tokenizers(model.space, config.tokenizers)
     tokens = TokenDataset(Path(config.tokens) / "test", model.space)
-    sources = {source_of(name, row): tokenizers.get(name) for name, row in model.space.modalities.items()}
-    test, train = (ShardDataset(Path(config.data) / split, list(sources)) for split in ("test", "train"))
+    where = config.data, config.tokens
+    test, train = (ShownDataset(*where, split, model.space, tokenizers) for split in ("test", "train"))
     metrics: dict = {"environment": runtime.environment()}
     if config.tokenizer_samples:
-        metrics["tokenizers"] = {
-            name: evaluate_tokenizer(tokenizer, test, name, config.tokenizer_samples, config.seed)
-            for name, tokenizer in tqdm(sources.items(), desc="tokenizers", unit="tokenizer")
-        }
+        metrics["tokenizers"] = {}
+        for name, tokenizer in tqdm(tokenizers.items(), desc="tokenizers", unit="tokenizer"):
+            alone, raw = ShownDataset(*where, "test", model.space, tokenizers, [name]), raw_name(model.space, name)
+            figures = evaluate_tokenizer(tokenizer, alone, raw, config.tokenizer_samples, config.seed)
+            metrics["tokenizers"][raw] = figures
     metrics["tasks"] = evaluate_tasks(model, tokenizers, test, tokens, train, config.tasks)
     for task, figures in metrics["tasks"].items():
         print(task + ": " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float)), flush=True)

@@ -33,7 +33,7 @@ class Config:
         output: Folder for the results.
         num_samples: Variations.
         seed: Of the draws.
-        decode_steps: Steps of diffusion decoders.
+        decode_steps: Steps of diffusion decoders; default: each tokenizer's own.
     """
 
     model: str
@@ -43,7 +43,7 @@ class Config:
     output: str = "runs/generated"
     num_samples: int = 1
     seed: int = 0
-    decode_steps: int = 50
+    decode_steps: int | None = None
 
 
 def run(config: Config) -> None:

@@ -8,13 +8,13 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fourm import logbook, pipeline
-from fourm.data.shards import ShardDataset
+from fourm import logbook, pipeline, runtime
 from fourm.data.tokens import TokenDataset
 from fourm.evaluation.gallery import Gallery, GalleryConfig
 from fourm.evaluation.report import write_report
+from fourm.evaluation.shown import ShownDataset
 from fourm.model.fourm import FourM
-from fourm.tokenization.encode import load_tokenizers, source_of
+from fourm.tokenization.encode import load_tokenizers
 
 MADE_BY = {  # parts of the page, and the verbs whose commands are shown below them
     "matrix": ("evaluate",),
@@ -55,11 +55,11 @@ class Config:
 
 def run(config: Config) -> None:
     """Generates the pictures and writes the page."""
+    runtime.seed_everything(config.gallery.seed)  # diffusion decoders draw from the global generator
     model = FourM.from_pretrained(config.model)
     tokenizers = load_tokenizers(model.space, config.tokenizers)
     tokens = TokenDataset(Path(config.tokens) / "test", model.space)
-    sources = dict.fromkeys(source_of(name, row) for name, row in model.space.modalities.items())
-    raw = ShardDataset(Path(config.data) / "test", list(sources))
+    raw = ShownDataset(config.data, config.tokens, "test", model.space, tokenizers)
     metrics = json.loads(Path(config.metrics).read_text())
     commands: dict[str, str] = {}
     if config.pipeline:

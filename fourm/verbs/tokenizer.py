@@ -32,8 +32,8 @@ class Config(TrainConfig):
         tokenizer: Input, quantizer, backbone and loss.
         mask: Raw modality, masks of the pixels that are valid; with `tokenizer.input.mask_value`.
         init: Folder or hub id of a tokenizer to start from: its encoder, quantizer and class embedding, and its decoder
-            where that is of the same make.
-        freeze: What of it is not trained: `nothing`, or the `encoder` with quantizer and class embedding.
+            where that is of the same architecture.
+        freeze: Which weights are frozen: `nothing`, or the `encoder` with quantizer and class embedding.
         crops: Crop images, which may then be of any size and shape.
         sizes: Sizes of images, another one at every update; default: that of the input.
         test_samples: Samples of the test split it is measured on, at the smallest and the largest size.
@@ -66,6 +66,8 @@ def prepare(config: Config) -> ImageTokenizer:
     if config.sizes is not None and (not tokenizer.resizable or source.size != (config.sizes.high,) * 2):
         raise ValueError(f"sizes up to {config.sizes.high} need an input of this size, not {source.size}, and fixed "
                          "positions or none (backbone.positions)")  # fmt: skip
+    if config.crops is not None and len(source.raw_shape) == 1 and not source.encoder:
+        raise ValueError(f"crops fit images and maps, not the {source.kind} of shape {source.raw_shape}")
     if config.mask and source.mask_value is None:
         raise ValueError(f"mask is {config.mask!r}, but tokenizer.input.mask_value is not given")
     if config.freeze == "encoder" and not config.init:
@@ -84,9 +86,7 @@ def measure(config: Config, task: TokenizerTask) -> dict[str, float]:
     """Figures on the test split; at several sizes their names end in the side."""
     tokenizer = cast(ImageTokenizer, task.model)
     names = tuple(name for name in (config.modality, config.mask) if name)
-    test: Any = ShardDataset(Path(config.data) / "test", names)
-    if config.crops is not None:
-        test = Views(test, task)
+    test = Views(ShardDataset(Path(config.data) / "test", names), task)
     options = (config.modality, config.test_samples, config.seed, config.mask)
     if config.sizes is None:
         return evaluate_tokenizer(tokenizer, test, *options)

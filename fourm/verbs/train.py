@@ -34,7 +34,7 @@ class DataConfig:
     Args:
         path: Root of token data, also `s3://`, `hf://` or `https://`; or shards as 4M names them, such as
             `root/[rgb,caption]/shard-{00000..09999}.tar`.
-        text: Texts instead: a .txt, .jsonl or .parquet file, or the id of a data set on the Hugging Face hub.
+        text: Texts instead: a .txt, .jsonl, .json or .parquet file, or the id of a data set on the Hugging Face hub.
         weight: How often it is drawn, relative to the others.
         modalities: Which of the table's it has; default: all.
         masking: What is given and asked; default: as for all.
@@ -119,9 +119,9 @@ def open_data(config: Config, space: TokenSpace, split: Literal["train", "val"])
         if entry.path is not None and "[" not in entry.path:
             source = f"{entry.path}/{split}"
         source = (source if entry.val is None else entry.val) if split == "val" else source or entry.path
-        own = space.subset(entry.modalities or space.names)
+        own = space.subset([entry.modality] if entry.text else entry.modalities or space.names)
         if entry.text and split == "train":
-            own, tokenizer = space.subset([entry.modality]), load_tokenizer(str(entry.tokenizer))
+            tokenizer = load_tokenizer(str(entry.tokenizer))
             if not isinstance(tokenizer, TextTokenizer):
                 raise ValueError(f"{entry.tokenizer} is not a text tokenizer")
             encoder = digest(tokenizer.tokenizer.to_str(), str(tokenizer.config))
@@ -134,10 +134,9 @@ def open_data(config: Config, space: TokenSpace, split: Literal["train", "val"])
     if not opened:
         raise ValueError(f"data: there is nothing for the split {split!r}; name it, such as `val: root/val`")
     datasets, maskers, weights = (list(each) for each in zip(*opened, strict=True))
-    if len(opened) == 1:
-        return datasets[0], maskers[0]
-    mixed = MixedDataset(datasets, weights)
-    return mixed, MixedMasker(maskers, mixed.ends)
+    data = datasets[0] if len(opened) == 1 else MixedDataset(datasets, weights)
+    data.by_epoch = split == "train"  # held-out samples are always crop 0
+    return data, maskers[0] if len(opened) == 1 else MixedMasker(maskers, data.ends)
 
 
 def run(config: Config) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from fourm import cli
 from fourm.data.inspect import inspect
@@ -148,8 +149,25 @@ def test_token_data_brings_its_table_along(tmp_path, capsys):
     (tmp_path / "modalities.yaml").write_text(
         yaml.safe_dump({"tok": {"kind": "grid", "grid": [1, 1], "vocab_size": 8}})
     )
-    assert fourm("data", "inspect", tmp_path) == 1
-    assert "expected [0, 8)" in capsys.readouterr().out
+    for path in (tmp_path, tmp_path / "train"):
+        assert fourm("data", "inspect", path) == 1
+        assert "expected [0, 8)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["train/rgb/n01/x.png", "photos/rgb/X.PNG"])
+def test_a_split_with_folders_of_keys_or_upper_case_names(place, tmp_path):
+    path = tmp_path / place
+    path.parent.mkdir(parents=True)
+    Image.fromarray(samples(1)[0]["rgb"]).save(path)
+    for start in (tmp_path, tmp_path / place.split("/")[0]):
+        (summary,) = inspect(start).summaries
+        assert (summary.split, summary.found.modality) == tuple(place.split("/")[:2])
+
+
+def test_what_is_kept_of_a_value_is_small(tmp_path):
+    write_shards(tmp_path, "train", [{"__key__": "s", "height": np.zeros((1024, 1024), np.float32)}], 4)
+    (summary,) = inspect(tmp_path).summaries
+    assert all(numbers.base is None for numbers in summary.drawn)
 
 
 def test_wrong_usage(tmp_path, capsys):

@@ -336,8 +336,11 @@ def test_a_teachers_complaint_names_label_and_samples(tmp_path, monkeypatch):
         label(config(tmp_path, x={"teacher": "canny", "source": "caption"}))
     with pytest.raises(ValueError, match=r"label 'y'.*gave 1 labels for 3"):
         label(config(tmp_path, y={"teacher": "test_labels:only_one"}))
-    with pytest.raises(ValueError, match=r"label 'z'.*no keyword arguments"):
-        label(config(tmp_path, z={"teacher": "builtins:list", "high": 1}))
+    for on_error in ("raise", "skip"):  # a wrong signature is no matter of the samples
+        wrong = dataclasses.replace(config(tmp_path, z={"teacher": "builtins:list", "high": 1}), on_error=on_error)
+        with pytest.raises(RuntimeError, match=r"label 'z', teacher builtins:list: TypeError.*no keyword arguments"):
+            label(wrong)
+    assert not list((tmp_path / "train/z").glob("*.tar"))
 
 
 def test_samples_that_a_teacher_refuses_can_be_skipped(tmp_path, capsys):

@@ -24,7 +24,7 @@ class Numbers:
         return sum(self.sizes)
 
     def __getitem__(self, draw):
-        return (self.name, *draw)
+        return (self.name, *draw) if isinstance(draw, tuple) else (self.name, draw)
 
 
 def both(samples, draws):
@@ -77,6 +77,7 @@ def test_numbers_of_samples_tell_the_data_set():
     assert [data[2, i] for i in (0, 699, 700, 799, 800)] == [
         ("a", 2, 0), ("a", 2, 699), ("b", 2, 0), ("b", 2, 99), ("c", 2, 0),
     ]  # fmt: skip
+    assert data[750] == ("b", 50)  # without an epoch
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,26 @@ def test_bad_samples_raise_or_are_listed(tmp_path, workers):
     assert listed == '{"key": "k-2", "reason": "unusable", "message": "a negative number"}\n'
 
 
+def test_a_shard_with_too_many_bad_samples_gets_no_name(tmp_path):
+    with pytest.raises(ValueError, match=r"2 or more of 4 samples .*max_bad 0.01 allows 1; the first: a negative"):
+        run(source(tmp_path, [0, 1, -2, -3]), tmp_path / "out", on_error="skip")
+    assert not list((tmp_path / "out").rglob("*.tar"))
+    dataset = ShardDataset(tmp_path / "raw/train")
+    assert run(dataset, tmp_path / "out", on_error="skip", max_bad=0.5).samples == 2
+
+
+@pytest.mark.parametrize(("change", "first"), [("write", "a"), ("unlink", "f")])
+def test_kept_shards_of_another_source_are_refused(tmp_path, change, first):
+    folder = tmp_path / "raw/train/x"
+    folder.mkdir(parents=True)
+    for name in "bcdef":
+        np.save(folder / f"{name}.npy", np.array([1]))
+    run(ShardDataset(folder.parent), tmp_path / "out", shard_size=2)
+    np.save(folder / "a.npy", np.array([1])) if change == "write" else (folder / "f.npy").unlink()
+    with pytest.raises(ValueError, match=rf"shard-.*the source has changed since, .*'{first}'.*delete shard-0"):
+        run(ShardDataset(folder.parent), tmp_path / "out", shard_size=2)
+
+
 def die_at(dataset, output, count):
     calls = iter(range(count))
 

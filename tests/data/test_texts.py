@@ -43,8 +43,9 @@ def written(folder, kind: str):
     path = folder / f"texts.{kind}"
     if kind == "txt":
         path.write_text("\n\n".join(LINES) + "\n")  # blank lines are no texts
-    elif kind == "jsonl.gz":
-        path.write_bytes(gzip.compress("".join(json.dumps({"words": line}) + "\n" for line in LINES).encode()))
+    elif "json" in kind:
+        lines = "".join(json.dumps({"words": line}) + "\n" for line in LINES).encode()
+        path.write_bytes(gzip.compress(lines) if kind.endswith(".gz") else lines)
     else:
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         pytest.importorskip("datasets")
@@ -52,7 +53,7 @@ def written(folder, kind: str):
     return path
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "00000.json.gz", "json", "parquet"])
 @pytest.mark.parametrize("samples", [None, 7])
 def test_rows_in_their_order(tmp_path, kind, samples):
     if kind == "parquet":
@@ -71,6 +72,8 @@ def test_texts_are_tokenized_once(tmp_path):
         open_texts(path, encode)
     assert encode.count == 10
     open_texts(path, encode, encoder="2")  # another tokenizer
+    assert encode.count == 20
+    open_texts(path, encode)  # whose texts are still there
     assert encode.count == 20
     path.write_text("other\n")
     assert bytes(open_texts(path, encode, encoder="2")[0]["caption"].tolist()) == b"other"
@@ -100,13 +103,29 @@ def test_wrong_texts(tmp_path, monkeypatch):
         open_texts(path, samples=11)
     with pytest.raises(ValueError, match=r"row 0000000000 \('row 0 é'\): ids in"):
         open_texts(path, lambda lines: [np.full(3, 300) for _ in lines], encoder="2")
-    with pytest.raises(ValueError, match="no text in 'text', its fields are words"):
+    with pytest.raises(ValueError, match=r"row 0000000000 .*no text in 'text', the fields of the row are words"):
         open_texts(written(tmp_path, "jsonl.gz"))
+    for name in ("a.jsonl/x.csv", "x.tar.gz", "x.parquet.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a")
+        with pytest.raises(ValueError, match=r"expected a file \.txt, \.jsonl or \.json"):
+            open_texts(tmp_path / name)
     with pytest.raises(ValueError, match="`samples` must say how many"):
         open_texts("allenai/c4")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install fourm\[hf\]"):
         open_texts("allenai/c4", name="en", samples=10)
+
+
+def test_rows_without_text_are_left_out(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a"}\n{"text": null}\n{"text": "b"}\n["c"]\n{"tex')
+    source = TextSource(str(path), "caption", SPACE["caption"], Encode(), "1")
+    data = TokenDataset(source, SPACE, on_error="skip", max_bad=0.6)
+    assert data.keys == ["0000000000", "0000000002"] and data.skipped == {"unreadable": 3}
+    path.write_text('{"text": "a"}\n{"tex')
+    with pytest.raises(ValueError, match=r"texts\.jsonl, row 0000000001 .*Unterminated"):
+        open_texts(path)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the extra 'hf' is not installed")

@@ -79,15 +79,16 @@ def packed_files(root: Path) -> list[Path]:
 # What is read
 
 
-def test_crops_follow_the_epoch_and_padding_is_gone(tmp_path):
+def test_crops_follow_epoch_and_sample_and_padding_is_gone(tmp_path):
     stock = samples(crops=3)
     write_shards(tmp_path, "train", stock, 2)
     data = TokenDataset(tmp_path / "train", SPACE)
     for epoch, i in itertools.product(range(4), range(5)):
-        got, crop = data[epoch, i], epoch % 3
+        got, crop = data[epoch, i], (epoch + i) % 3
         np.testing.assert_array_equal(got["grid"], stock[i]["grid"][crop])
         np.testing.assert_array_equal(got["text"], np.arange(4, 4 + i % 4))
         np.testing.assert_array_equal(got["vectors"], stock[i]["vectors"][crop, :2])
+        np.testing.assert_array_equal(data[i]["grid"], stock[i]["grid"][0])  # without an epoch
 
 
 def test_numbers_of_crops_must_agree(tmp_path):
@@ -113,11 +114,11 @@ def test_images_are_cropped_with_the_crop_of_the_tokens(tmp_path, extension):
     data = TokenDataset(tmp_path / "train", PIXELS)
     for epoch, i in itertools.product(range(5), range(3)):
         image, settings = stock[i]["image"], stock[i]["crop_settings"]
-        wanted = Picture((8, 8))(image, View.of(settings, epoch % 4, *image.shape[:2]))
+        wanted = Picture((8, 8))(image, View.of(settings, (epoch + i) % 4, *image.shape[:2]))
         got = data[epoch, i]
         assert set(got) == {"__key__", "image", "grid"}
         np.testing.assert_array_equal(got["image"], wanted)
-        np.testing.assert_array_equal(got["grid"], stock[i]["grid"][epoch % 4])
+        np.testing.assert_array_equal(got["grid"], stock[i]["grid"][(epoch + i) % 4])
     named = TokenDataset(f"{tmp_path}/train/[image,grid]/shard-{{000000..000001}}.tar", PIXELS)
     np.testing.assert_array_equal(named[4, 2]["image"], got["image"])  # crop settings need no name
     ids_only = TokenDataset(tmp_path / "train", PIXELS.subset(["grid"]))
@@ -169,11 +170,38 @@ def test_remote_shards_are_packed_once(tmp_path, monkeypatch):
     memory.put(str(tmp_path / "train"), "/bucket/", recursive=True)
     data = TokenDataset("memory://bucket/train", SPACE)
     assert data.keys == [f"t{i}" for i in range(5)]
-    np.testing.assert_array_equal(data[1, 3]["grid"], stock[3]["grid"][1])
+    np.testing.assert_array_equal(data[1, 3]["grid"], stock[3]["grid"][0])
     assert len(packed_files(tmp_path / "cache")) == 9 and not packed_files(tmp_path / "train")
     monkeypatch.setattr(type(memory), "cat_file", None)  # not read again
     assert TokenDataset("memory://bucket/train/[grid,text,vectors]/shard-{000000..000002}.tar", SPACE)
     memory.rm("/bucket", recursive=True)
+
+
+def test_servers_whose_lists_are_links_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("FOURM_CACHE", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    ls = type(memory).ls
+    links = lambda self, path, **_: [{**info, "size": None, "created": None} for info in ls(self, path)]  # noqa: E731
+    monkeypatch.setattr(type(memory), "ls", links)
+    image = np.zeros((8, 8, 3), np.uint8)
+    for first in (0, 50):
+        stock = [{"__key__": f"{i}", "image": image, "grid": np.arange(6)[None] + first} for i in range(WINDOW + 1)]
+        write_shards(tmp_path / str(first), "train", stock, 1)
+        memory.put(str(tmp_path / str(first) / "train"), "/web/", recursive=True)
+        data = TokenDataset("memory://web/train", PIXELS)
+        assert {path.parent.name for path in packed_files(tmp_path / "cache")} >= {"grid"}
+        assert first or not packed_files(tmp_path / "cache/packed/image")
+        assert data[3]["grid"].tolist() == [*range(first, first + 6)]
+    memory.rm("/web", recursive=True)
+
+
+def test_tars_and_plain_files_do_not_mix(tmp_path):
+    write_shards(tmp_path, "train", samples(), 2)
+    for path in (tmp_path / "train/text").iterdir():
+        path.unlink()
+    (tmp_path / "train/text/t0.npy").write_bytes(npy(np.zeros(3, int)))
+    with pytest.raises(ValueError, match="tars in grid, vectors and plain files in text, expected all"):
+        TokenDataset(tmp_path / "train", SPACE)
 
 
 def test_places_that_cannot_be_opened(tmp_path, monkeypatch):
@@ -280,7 +308,7 @@ def test_more_shards_than_a_window_are_packed_when_needed(tmp_path):
         batches = list(itertools.islice(loader.batches(), 32))
         read = [(sample, draw) for batch in batches for sample, draw in zip(*batch, strict=True)]
         assert {draw for _, draw in read} == set(itertools.product(range(2), range(256)))
-        assert all(sample == (f"t{i}", stock[i]["grid"][epoch].tolist()) for sample, (epoch, i) in read)
+        assert all(sample == (f"t{i}", stock[i]["grid"][(epoch + i) % 2].tolist()) for sample, (epoch, i) in read)
         assert list(itertools.islice(loader.batches(20), 2)) == batches[20:22]
     assert len(data._opened) <= 2 * WINDOW and data.keys[-1] == "t255"
 
@@ -410,6 +438,7 @@ def test_fault_in_two_modalities_is_one_sample(root):
     put(root, "grid", 2, b"")
     data = left_out(root, "'t2'", {"unreadable": 2}, ["t0", "t1", "t3"])
     assert data._bad == {0: (1, 4)}
+    assert [path.suffix for path in (root / ".packed/train/dropped").iterdir()] == [".json"]
 
 
 def test_too_many_bad_samples(root):
@@ -479,6 +508,8 @@ def test_grey_and_non_square_images(tmp_path):
     np.testing.assert_array_equal(ShardDataset(tmp_path / "train", ["image"])[0]["image"], grey)
     got = TokenDataset(tmp_path / "train", PIXELS)[0]["image"]
     assert got.shape == (8, 8, 3) and (got[..., 0] == got[..., 2]).all()
+    space = TokenSpace({"image": Modality("patches", grid=(2, 2), patch_size=4, channels=1), "grid": SPACE["grid"]})
+    np.testing.assert_array_equal(TokenDataset(tmp_path / "train", space)[0]["image"], got[..., :1])
 
 
 def test_16_bits_stay(tmp_path):

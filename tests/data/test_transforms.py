@@ -251,6 +251,20 @@ def test_features_that_were_made_per_crop_give_the_row_of_the_view():
     np.testing.assert_array_equal(TRANSFORMS["features"]()(maps, view), maps[1])
 
 
+def test_one_of_several_embedded_captions_is_that_of_the_text():
+    emb = rng().normal(size=(3, 4, 2)).astype(np.float16)
+    emb[:, 3] = np.nan
+    emb[1, 2] = np.nan
+    words = ["a", "b", "c"]
+    for seed in range(4):
+        view = View(Crop(0, 0, 8, 8), 8, 8, index=seed % 3, seed=seed)
+        for choose in ("crop", "first", "random"):
+            number = words.index(TRANSFORMS["caption"](choose=choose)(words, view))
+            wanted = emb[number, : 2 if number == 1 else 3]
+            np.testing.assert_array_equal(TRANSFORMS["vectors"](choose=choose)(emb, view), wanted)
+    np.testing.assert_array_equal(TRANSFORMS["vectors"]()(emb[0], view), emb[0])
+
+
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "int32", "int64", "uint32"])
 def test_classes_and_masks_of_any_type(dtype):
     raw = (np.arange(12).reshape(3, 4) % 2).astype(dtype)

@@ -4,17 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from fourm.evaluation.matrix import any_to_any, raw_sources, raw_targets, summary
+from fourm.evaluation.matrix import any_to_any, raw_name, raw_sources, raw_targets, summary
 from fourm.masking.transfer import transfer_batch
 from fourm.modalities import Modality, TokenSpace
 from fourm.model.fourm import FourM, FourMConfig
-
-
-class Tokens(list):
-    """A token dataset in memory."""
-
-    def __getitem__(self, where):
-        return super().__getitem__(where[1])
 
 
 def small_space():
@@ -30,7 +23,7 @@ def small_space():
 
 def small_tokens(count, seed=0):
     rng = np.random.default_rng(seed)
-    return Tokens(
+    return [
         {
             "__key__": f"{i:03d}",
             "rgb": rng.integers(0, 256, (4, 4, 3), dtype=np.uint8),
@@ -39,7 +32,7 @@ def small_tokens(count, seed=0):
             "caption": rng.integers(14, 32, rng.integers(1, 8)),
         }
         for i in range(count)
-    )
+    ]
 
 
 def test_pixels_stand_for_rgb_as_source_and_tokens_as_target():
@@ -47,6 +40,21 @@ def test_pixels_stand_for_rgb_as_source_and_tokens_as_target():
     assert raw_sources(space) == {"rgb": "rgb", "water": "water", "caption": "caption"}
     assert raw_targets(space) == {"rgb": "tok_rgb", "water": "water", "caption": "caption"}
     assert list(raw_sources(space)) == list(raw_targets(space)) == ["rgb", "water", "caption"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_tokens_of_one_raw_modality_stay_apart(order):
+    rows = {
+        "rgb": Modality("patches", grid=(2, 2), patch_size=2),
+        "tok_rgb": Modality("grid", vocab_size=16, grid=(2, 2), source="rgb"),
+        "tok_dinov2": Modality("grid", vocab_size=16, grid=(2, 2), source="rgb", tokenizer="dinov2"),
+        "vectors": Modality("vectors", dim=4, max_tokens=3),
+    }
+    space = TokenSpace({name: rows[name] for name in list(rows)[::order]})
+    assert raw_sources(space) == {"rgb": "rgb", "tok_dinov2": "tok_dinov2", "vectors": "vectors"}
+    assert raw_targets(space) == {"rgb": "tok_rgb", "tok_dinov2": "tok_dinov2"}
+    alike = {f"tok_{i}": Modality("grid", vocab_size=16, grid=(2, 2), source="rgb") for i in range(2)}
+    assert [raw_name(TokenSpace(alike), name) for name in alike] == list(alike)
 
 
 def test_matrix_equals_one_pass_per_sample_and_pair():
@@ -66,7 +74,7 @@ def test_matrix_equals_one_pass_per_sample_and_pair():
     ]:  # fmt: skip
         bits, nothing, wrong, count = 0.0, 0.0, 0.0, 0
         for row, sample in enumerate(list.__iter__(tokens)):
-            swapped = sample | {given: tokens[0, before[row]][given]}
+            swapped = sample | {given: tokens[before[row]][given]}
             wrong += model.token_nll(transfer_batch(model.space, [swapped], [given], [asked])).sum().item() / np.log(2)
             batch = transfer_batch(model.space, [sample], [given], [asked])
             bits += model.token_nll(batch).sum().item() / np.log(2)
@@ -101,7 +109,7 @@ def test_gain_and_wrong_source_of_a_known_model():
     space = TokenSpace({name: Modality("grid", vocab_size=16, grid=(2, 2)) for name in ("a", "b")})
     maps = [np.full(4, i) for i in range(8)]  # no two samples share an id, so a wrong source never agrees
     model = Copier(space).train()
-    matrix = any_to_any(model, Tokens({"__key__": str(i), "a": x, "b": x} for i, x in enumerate(maps)), 8, 4)
+    matrix = any_to_any(model, [{"__key__": str(i), "a": x, "b": x} for i, x in enumerate(maps)], 8, 4)
     cell = matrix["a"]["b"]
     assert cell["nothing_bits"] == pytest.approx(4)
     assert cell["gain_bits"] == pytest.approx(4 + np.log2(0.8))

@@ -9,7 +9,6 @@ from fourm.evaluation.metrics import (
     SCORES,
     angle_degrees,
     bootstrap_ratio,
-    codebook,
     coded_vectors,
     delta1,
     key,
@@ -65,11 +64,6 @@ def test_class_figures_by_hand():
     # Class 2 neither occurs nor is guessed: it must not pull the mean down.
     assert SCORES["classes"](guess, truth, None, 3)["miou"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     assert SCORES["classes"](guess, truth, np.array([[[True, False, False, True]]]), 3)["accuracy"] == 1
-
-
-def test_codebook_use_and_perplexity():
-    figures = codebook(np.array([[0, 0], [3, 3]]), 8)
-    assert figures == pytest.approx({"codebook_use": 0.25, "perplexity": 2, "vocab_size": 8})
 
 
 def test_bootstrap_interval_of_a_mean_is_that_of_the_normal_distribution():

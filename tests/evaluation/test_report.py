@@ -33,6 +33,8 @@ class Blocks:
         self.config = SimpleNamespace(input=SimpleNamespace(kind=kind, classes=classes, units=units, values=()))
         self.vocab_size, self.grid = classes or 256, (2, 2)
 
+    targets = staticmethod(np.stack)
+
     def encode(self, pictures, valid=None):
         pictures = np.asarray(pictures)
         grey = pictures[..., 0] if pictures.ndim == 4 else pictures
@@ -63,13 +65,6 @@ class Letters:
 TOKENIZERS = {name: Blocks(*row) for name, row in KINDS.items()} | {"caption": Letters()}
 
 
-class Tokens(list):
-    """A token dataset in memory."""
-
-    def __getitem__(self, where):
-        return super().__getitem__(where[1])
-
-
 def world(count, seed=0):
     """Raw samples and their tokens: elevation = 2 * rgb, water where rgb is below 50."""
     rng, raw, tokens = np.random.default_rng(seed), [], []
@@ -81,7 +76,7 @@ def world(count, seed=0):
         named = {"__key__": f"{i:03d}", "rgb": values["tok_rgb"], "caption": Letters().decode([caption])[0]}
         raw.append(named | {name: values[name] for name in ("elevation", "water")})
         tokens.append({"__key__": f"{i:03d}", "rgb": values["tok_rgb"], "caption": caption, **ids})
-    return raw, Tokens(tokens)
+    return raw, tokens
 
 
 class Oracle(FourM):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fourm.tokenization import load_tokenizer
 from fourm.tokenization.autoencoder import ImageTokenizer, TokenizerConfig
 from fourm.tokenization.backbones import BLOCKS, BackboneConfig, patchify, unpatchify
-from fourm.tokenization.inputs import KINDS, InputConfig
+from fourm.tokenization.inputs import KINDS, InputConfig, to_network
 from fourm.tokenization.losses import LOSSES
 from fourm.tokenization.quantizers import QuantizerConfig
 from fourm.tokenization.task import TokenizerTask
@@ -32,7 +32,7 @@ def build(name, quantizer=None, **options):
     source, _, loss = CASES[name]
     torch.manual_seed(0)
     small = BackboneConfig(patch_size=8, width=32, heads=2, **options)
-    return ImageTokenizer(TokenizerConfig(source, quantizer or QuantizerConfig(levels=(4, 4, 4)), small, loss))
+    return ImageTokenizer(TokenizerConfig(source, quantizer or QuantizerConfig("fsq", levels=(4, 4, 4)), small, loss))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -101,7 +101,7 @@ def test_micro_batches_add_up_to_the_batch():
     task = TokenizerTask(build("image"), "x")
     samples = [{"__key__": str(i), "x": x} for i, x in enumerate(CASES["image"][1])]
     task.model.eval()  # FSQ standardises latents over the batch in training
-    whole, first, second = (task.collate(part, []) for part in (samples, samples[:4], samples[4:]))
+    whole, first, second = (task.collate(part, [(0, 0)] * len(part)) for part in (samples, samples[:4], samples[4:]))
     counts = task.counts(whole)
     assert torch.equal(counts, task.counts(first) + task.counts(second))
     parts = [task.loss(part, counts)["loss"] for part in (first, second)]
@@ -137,6 +137,15 @@ def test_class_probabilities():
 def test_refuses_what_it_was_not_made_for(name, raw, message):
     with pytest.raises(ValueError, match=message):
         build(name).encode(raw)
+
+
+def test_masks_may_end_at_1_or_255():
+    source = InputConfig("mask", (8, 8))
+    raw = RNG.random((2, 8, 8)) < 0.5
+    for values in (raw.astype(np.uint8), 255 * raw.astype(np.uint8)):
+        assert torch.equal(to_network(values, source), to_network(raw, source))
+    with pytest.raises(ValueError, match="0 and 1 or 0 and 255, got int64 2x8x8"):
+        to_network(raw * 7, source)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +206,7 @@ def test_losses_by_hand():
 
 def test_many_classes_train_on_some_pixels_and_are_judged_on_all():
     task = TokenizerTask(build("classes"), "x")
-    batch = task.collate([{"__key__": "a", "x": x} for x in CASES["classes"][1]], [])
+    batch = task.collate([{"__key__": "a", "x": x} for x in CASES["classes"][1]], [(0, 0)] * len(CASES["classes"][1]))
     evaluated = copy.deepcopy(task)
     evaluated.model.eval()
     full = evaluated.loss(batch, task.counts(batch))["loss/reconstruction"]

@@ -41,7 +41,9 @@ def config(tmp_path):
     samples = [{"__key__": f"k{i}", "rgb": image, "caption": f"picture {i}"} for i, image in enumerate(IMAGES)]
     write_shards(tmp_path / "raw", "val", samples, shard_size=3)
     torch.manual_seed(0)
-    rgb = TokenizerConfig(InputConfig("image", (16, 16)), QuantizerConfig(levels=(4, 4, 4)), BackboneConfig(width=32))
+    rgb = TokenizerConfig(
+        InputConfig("image", (16, 16)), QuantizerConfig("fsq", levels=(4, 4, 4)), BackboneConfig(width=32)
+    )
     ImageTokenizer(rgb).save_pretrained(tmp_path / "tokenizers/rgb")
     text = fit_text_tokenizers(samples, {"caption": CodecConfig("caption")}, vocab_size=120, bins=8, sentinels=8)
     text["caption"].save_pretrained(tmp_path / "tokenizers/caption")
@@ -92,6 +94,27 @@ def test_refuses_to_mix(config):
     torch.nn.init.normal_(rgb.encoder.latents.weight)
     rgb.save_pretrained(Path(config.tokenizers) / "rgb")
     with pytest.raises(ValueError, match="another configuration"):
+        tokenize(config)
+
+
+def test_the_same_data_by_another_path_are_not_another_configuration(config, monkeypatch):
+    tokenize(config)
+    monkeypatch.chdir(Path(config.data).parent)
+    tokenize(dataclasses.replace(config, data="raw", tokenizers="tokenizers"))
+    with pytest.raises(ValueError, match="another configuration"):
+        tokenize(dataclasses.replace(config, precision="bf16"))
+
+
+def test_ids_need_the_settings_of_their_crops(config):
+    folder, table = Path(config.data) / "ids", {"tok_depth": {"kind": "grid", "grid": [2, 2], "vocab_size": 64}}
+    samples = [{"__key__": "a", "rgb": IMAGES[0], "tok_depth": np.zeros((2, 4), np.int16)}]
+    write_shards(folder, "val", samples, shard_size=3)
+    Path(config.modalities).write_text(yaml.safe_dump(table | {"rgb": TABLE["rgb"]}))
+    config = dataclasses.replace(config, data=str(folder), crops=CropConfig(3, "rgb"))
+    with pytest.raises(ValueError, match="tok_depth are tokens already; without crop_settings"):
+        tokenize(config)
+    write_shards(folder, "val", [{"__key__": "a", "crop_settings": np.array([[0, 0, 16, 16, 0]] * 3)}], shard_size=3)
+    with pytest.raises(ValueError, match="tok_depth, sample 'a': there are ids of 2 crops, expected 3"):
         tokenize(config)
 
 
@@ -150,11 +173,11 @@ def test_every_crop_is_that_of_all_modalities(photos):
         assert tokenizers["caption"].decode(rows) == sample["caption"]
     assert verify(config) == []
     read = TokenDataset(Path(config.output) / "val", TokenSpace.from_yaml(config.modalities))
-    for crop in range(3):
+    for epoch, crop in enumerate((1, 2, 0)):
         view = View.of(made[1]["crop_settings"], crop, *samples[1]["rgb"].shape[:2])
-        np.testing.assert_array_equal(read[crop, 1]["tok_rgb"], made[1]["tok_rgb"][crop])
-        np.testing.assert_array_equal(read[crop, 1]["rgb"], Picture((16, 16))(samples[1]["rgb"], view))
-        assert tokenizers["caption"].decode([read[crop, 1]["caption"]]) == [samples[1]["caption"][crop]]
+        np.testing.assert_array_equal(read[epoch, 1]["tok_rgb"], made[1]["tok_rgb"][crop])
+        np.testing.assert_array_equal(read[epoch, 1]["rgb"], Picture((16, 16))(samples[1]["rgb"], view))
+        assert tokenizers["caption"].decode([read[epoch, 1]["caption"]]) == [samples[1]["caption"][crop]]
     # The same from crop settings that are there, and whatever is together in a batch.
     (Path(config.data) / "val/crop_settings").symlink_to(Path(config.output) / "val/crop_settings")
     again = dataclasses.replace(config, output=config.output + "2", crops=CropConfig(3, "rgb", seed=7), batch_size=1)

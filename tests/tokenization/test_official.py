@@ -104,10 +104,10 @@ def test_masks_come_back_as_probabilities_and_train():
     assert probabilities.shape == (2, 1, 32, 32) and 0 < probabilities.min() < probabilities.max() < 1
     np.testing.assert_array_equal(probabilities[:, 0] > 0.5, tokenizer.decode(ids))
     task = TokenizerTask(tokenizer.train(), "m")
-    batch = task.collate([{"__key__": "a", "m": mask} for mask in raw], [])
+    batch = task.collate([{"__key__": "a", "m": mask} for mask in raw], [(0, 0)] * len(raw))
     task.loss(batch, task.counts(batch))["loss"].backward()
-    with pytest.raises(ValueError, match="bool or integers 0 and 1, got uint8 2x32x32 in"):
-        tokenizer.encode(255 * raw.astype(np.uint8))
+    with pytest.raises(ValueError, match="bool or integers 0 and 1 or 0 and 255, got uint8 2x32x32 in"):
+        tokenizer.encode(7 * raw.astype(np.uint8))
 
 
 def test_other_sizes():
@@ -198,7 +198,7 @@ def test_a_diffusion_tokenizer_trains_saves_and_samples(tmp_path, monkeypatch):
     tokenizer = from_official(config, official(config))
     raw = DOMAINS["rgb_16k_224-448"][1]
     task = TokenizerTask(tokenizer.train(), "x")
-    batch = task.collate([{"__key__": "a", "x": image} for image in raw], [])
+    batch = task.collate([{"__key__": "a", "x": image} for image in raw], [(0, 0)] * len(raw))
     losses = task.loss(batch, task.counts(batch))
     losses["loss"].backward()
     assert losses["loss/reconstruction"] > 0 and tokenizer.encoder.patches.weight.grad.abs().sum() > 0

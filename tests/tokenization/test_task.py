@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_another_size_every_update(accumulate, data, tmp_path, monkeypatch):
 
 
 def test_sizes_that_do_not_fit(data, tmp_path):
-    with pytest.raises(ValueError, match="which do not lead there"):
+    with pytest.raises(ValueError, match="high - low must be a multiple of step"):
         Sizes(16, 30, 8)
     with pytest.raises(ValueError, match="sizes up to 24 need an input of this size"):
         train(data, tmp_path, sizes=Sizes(16, 24, 8))
@@ -167,7 +168,7 @@ def test_invalid_pixels_are_neither_seen_nor_judged(data, tmp_path):
     assert not torch.equal(tokenizer.encode(raw), tokenizer.encode(other))
     assert tokenizer.decode(tokenizer.encode(raw)).shape == raw.shape
     training = TokenizerTask(tokenizer, "depth", "seen")
-    batch = training.collate([{"__key__": "a", "depth": raw[0], "seen": seen[0]}], [])
+    batch = training.collate([{"__key__": "a", "depth": raw[0], "seen": seen[0]}], [(0, 0)])
     losses = training.loss(batch, training.counts(batch))
     output = tokenizer(batch["images"])[0][0, 0].detach().numpy()
     assert losses["loss/reconstruction"].item() == pytest.approx(np.abs(output - raw[0])[seen[0]].mean(), rel=1e-4)
@@ -212,7 +213,9 @@ def test_perceptual_loss(model, data, tmp_path, monkeypatch):
         return
     monkeypatch.setattr(task, "Perceptual", lambda config: network)
     training = TokenizerTask(ImageTokenizer(dataclasses.replace(BASE, perceptual=config)), "x")
-    batch = training.collate([{"__key__": "a", "x": x} for x in RNG.integers(0, 256, (2, 32, 32, 3), np.uint8)], [])
+    batch = training.collate(
+        [{"__key__": "a", "x": x} for x in RNG.integers(0, 256, (2, 32, 32, 3), np.uint8)], [(0, 0)] * 2
+    )
     losses = training.loss(batch, training.counts(batch))
     output = training.model.eval()(batch["images"])[0]
     expected = 0.5 * network(output / 2 + 0.5, batch["images"] / 2 + 0.5).mean()
@@ -226,12 +229,12 @@ class Patches:
 
     size = 224
 
-    def features(self, images):
-        pixels = torch.from_numpy(np.stack([np.asarray(Image.fromarray(i).resize((self.size,) * 2)) for i in images]))
+    def features(self, images, size):
+        pixels = torch.from_numpy(np.stack([np.asarray(Image.fromarray(i).resize((size, size))) for i in images]))
         return pixels.float().unflatten(1, (-1, 4)).unflatten(3, (-1, 4)).mean((2, 4)) / 255
 
-    def pooled(self, images):
-        return self.features(images).mean((1, 2))
+    def pooled(self, images, size):
+        return self.features(images, size).mean((1, 2))
 
 
 def test_features_are_made_on_the_fly(data, tmp_path, monkeypatch):
@@ -245,6 +248,11 @@ def test_features_are_made_on_the_fly(data, tmp_path, monkeypatch):
     vectors = tokenizer.targets(images)
     assert vectors.shape == (2, 8, 8, 3) and vectors.dtype == np.float32
     assert torch.equal(tokenizer.encode(images), tokenizer.encode(vectors))
+    expected = tokenizer.targets(images)
+    other = ImageTokenizer(dataclasses.replace(config, input=dataclasses.replace(source, size=(4, 4), encoder_size=16)))
+    with ThreadPoolExecutor() as threads:  # which share the frozen encoder
+        made = [threads.submit(each.targets, images) for _ in range(20) for each in (tokenizer, other)]
+        assert all(np.array_equal(one.result(), expected) for one in made[::2])
     tokenizer.use_grid((4, 4))
     assert tokenizer.encode(images).shape == (2, 16) and tokenizer.config.input.encoder_size == 16
     single = ImageTokenizer(dataclasses.replace(config, input=dataclasses.replace(source, size=(1, 1)))).eval()
@@ -375,13 +383,15 @@ def test_about_half_of_the_crops_are_mirrored():
     assert 70 < sum(dark_left) < 130  # 5 sigma of a fair coin is 35
 
 
-def test_a_mirror_turns_normals_round():
-    task = TokenizerTask(
-        ImageTokenizer(dataclasses.replace(BASE, input=InputConfig("normal", (SIDE, SIDE)))),
-        "normal",
-        crops=Crops(hflip=1.0),
-    )
-    assert (task.view(photos(1)[0], 0)["normal"] == [55, 128, 128]).all()
+@pytest.mark.parametrize(
+    ("source", "red"),
+    [(InputConfig("normal", (SIDE, SIDE)), 55), (InputConfig(size=(SIDE, SIDE), normals=True), 55),
+     (InputConfig(size=(SIDE, SIDE)), 200)],
+)  # fmt: skip
+def test_a_mirror_turns_normals_round(source, red):
+    """Whatever the modality is called."""
+    task = TokenizerTask(ImageTokenizer(dataclasses.replace(BASE, input=source)), "normal", crops=Crops(hflip=1.0))
+    assert (task.view(photos(1)[0], 0)["normal"] == [red, 128, 128]).all()
 
 
 def test_tests_see_the_centre_square():
@@ -400,3 +410,43 @@ def test_a_tokenizer_of_photos_of_any_shape(tmp_path):
     tokenizer, figures = train(tmp_path / "data", tmp_path / "out", steps=60, crops=Crops())
     assert tokenizer.grid == (4, 4)
     assert figures["psnr"] > 10  # all grey: 6
+
+
+@pytest.mark.parametrize("source", [
+    InputConfig("spectrogram", (SIDE, SIDE)), InputConfig("features", (1, 1), channels=5)
+])  # fmt: skip
+def test_what_has_no_place_in_an_image_is_not_cropped(source, tmp_path):
+    config = TokenizerConfig(source, backbone=dataclasses.replace(BACKBONE, patch_size=1))
+    with pytest.raises(ValueError, match=f"crops fit images and maps, not the {source.kind}"):
+        train(tmp_path, tmp_path, config, crops=Crops())
+
+
+def test_bodies_and_instances_of_the_raw_formats(tmp_path):
+    body = np.broadcast_to(np.eye(3), (2, 23, 3, 3)).tolist()
+    people = [{"pred_smpl_params": {"body_pose": body}}, {}]
+    contours = [[{"points": [[2, 2], [20, 2], [2, 20]]}, {"points": [[30, 30], [50, 30], [50, 60]]}], []]
+    for split in ("train", "test"):
+        write_shards(tmp_path / "data", split, [
+            {"__key__": f"k{i}", "human_poses": people[i % 2], "sam_instance": contours[i % 2]} for i in range(8)
+        ], 8)  # fmt: skip
+    mlp = BackboneConfig(patch_size=1, width=16, encoder="mlp", decoder="mlp", positions="none")
+    poses = TokenizerConfig(InputConfig("features", (1, 1), channels=207), backbone=mlp, loss="smooth_l1")
+    _, figures = train(tmp_path / "data", tmp_path / "poses", poses, "human_poses")
+    assert "cosine" in figures
+    masks = TokenizerConfig(InputConfig("mask", (SIDE, SIDE)), backbone=BACKBONE, loss="binary_cross_entropy")
+    _, figures = train(tmp_path / "data", tmp_path / "masks", masks, "sam_instance")
+    assert "iou" in figures
+    drawn = [task.part(contours[0], masks.input, seed) for seed in range(9)]
+    assert len({mask.tobytes() for mask in drawn}) == 2
+    assert all(0.45 < mask.mean() < 0.6 for mask in drawn)  # a triangle fills half of its own box
+
+
+def test_a_tokenizer_of_the_hub_runs_no_function(tmp_path, monkeypatch):
+    source = InputConfig("features", (8, 8), channels=3, encoder="os:getcwd")
+    ImageTokenizer(TokenizerConfig(source, backbone=dataclasses.replace(BACKBONE, patch_size=1))).save_pretrained(
+        tmp_path / "cache/x"
+    )
+    load_tokenizer(tmp_path / "cache/x")
+    monkeypatch.setattr("fourm.tokenization.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"is from the hub and names a function to run as its encoder, 'os:getcwd'"):
+        load_tokenizer(tmp_path / "cache/x")

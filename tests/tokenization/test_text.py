@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fourm.modalities import Modality, TokenSpace
 from fourm.tokenization import load_tokenizer
+from fourm.tokenization.encode import encode_samples
 from fourm.tokenization.structured import CodecConfig
 from fourm.tokenization.text import TextTokenizer, fit_text_tokenizers, train_text_tokenizer
 
@@ -26,6 +28,27 @@ CODECS = {
 @pytest.fixture(scope="module")
 def fitted():
     return fit_text_tokenizers(SAMPLES, CODECS, vocab_size=600, bins=64, sentinels=20)
+
+
+def test_values_as_teachers_write_them_are_learned_from_and_tokenized():
+    body = {"global_orient": [np.eye(3)], "body_pose": [[np.eye(3)] * 23], "betas": [[0] * 10]}
+    people = {"bbox_xyxy": [[10, 10, 60, 90]], "pred_smpl_params": body, "pred_cam": [[1, 0, 0]]}
+    sample = {
+        "caption": [{"caption": "a dog"}, {"caption": "a dog runs"}],
+        "palette": [{"1": [[1, 2, 3]], "2": [[1, 2, 3], [4, 5, 6]]}],
+        "boxes": {"instances": [{"boxes": [0.1, 0.2, 0.3, 0.4], "class_name": "dog", "score": 0.9}]},
+        "people": people | {"pose_tokenized": [[1] * 8]},
+    }
+    codecs = {"caption": CodecConfig("caption"), "palette": CodecConfig("palette"), "boxes": CodecConfig("boxes"),
+              "people": CodecConfig("human_poses")}  # fmt: skip
+    fitted = fit_text_tokenizers([sample, {"people": people}], codecs, 4600, bins=1000, sentinels=20)
+    rows = {name: Modality("text", vocab_size=one.vocab_size, max_tokens=64) for name, one in fitted.items()}
+    photo = {"__key__": "a", "rgb": np.zeros((100, 100, 3), np.uint8)}
+    rows["rgb"] = Modality("patches", grid=(10, 10), patch_size=10)
+    (made,) = encode_samples([photo | sample], TokenSpace(rows), fitted)
+    values = {name: fitted[name].decode([made[name]])[0] for name in fitted}
+    assert values["caption"] in ("a dog", "a dog runs") and values["palette"][0] == [1, 2, 3]
+    assert values["boxes"][0]["class_name"] == "dog" and list(values["people"][0]["pose"]) == [1] * 8
 
 
 def test_special_ids_and_pipeline_are_those_of_4m():
