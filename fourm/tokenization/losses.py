@@ -86,8 +86,10 @@ class Perceptual(nn.Module):
         self.network: Any
         self.size: tuple[int, int] | None = None
         if kind == "lpips":
-            import lpips
-
+            try:
+                import lpips
+            except ImportError as error:
+                raise ValueError(f"{config.model} needs the package lpips: pip install fourm[perceptual]") from error
             self.network = lpips.LPIPS(net=name, pnet_rand=not pretrained, verbose=False)
         else:
             options: dict[str, Any] = {"features_only": True, "out_indices": config.layers}
