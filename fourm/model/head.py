@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Scores of one chunk, in bytes.
-CHUNK = 2**25
+CHUNK = 2**24
 
 
 class Segment(NamedTuple):
