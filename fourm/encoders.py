@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,9 @@ class ImageEncoder(Encoder):
         """
         return self.run((pixels - self.mean) / self.std)
 
+    @abstractmethod
     def run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, of standardised pixels."""
-        raise NotImplementedError
 
     def prepare(self, images: Sequence[np.ndarray], size: int | None = None) -> Tensor:
         """Pixels (B, 3, h, w) from 0 to 1, resized as a whole, from uint8 pictures (H, W, 3) of one size."""
