@@ -74,17 +74,17 @@ def save(
             (aside / name).write_text(text)
         manifest = {path.name: _fingerprint(path) for path in sorted(aside.iterdir())}
         for name in manifest:
-            _flush(aside / name)
+            flush(aside / name)
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _flush(aside / MANIFEST)
-        _flush(aside)
+        flush(aside / MANIFEST)
+        flush(aside)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     if final.exists():
         final.rename(folder / f".checkpoint-{step}.replaced")
     aside.rename(final)
-    _flush(folder)
+    flush(folder)
     _rotate(folder, keep)
     return final
 
@@ -272,7 +272,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Waits until a file, or the list of names in a folder, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

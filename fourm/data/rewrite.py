@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import tarfile
 import time
 from collections import Counter, deque
@@ -22,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
+from fourm.checkpoint import flush
 from fourm.data.shards import Faults, ShardDataset, add_value, parse_name, shard_name, tar_entries
 
 logger = logging.getLogger(__name__)
@@ -220,19 +220,10 @@ def _tars(folder: Path, shard: str, names: Sequence[str]) -> Iterator[dict[str, 
             for name, aside in asides.items()
         }
     for aside in asides.values():
-        sync(aside)
+        flush(aside)
     for aside in asides.values():
         aside.replace(aside.with_suffix(""))
-        sync(aside.parent)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush(aside.parent)
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -240,9 +231,9 @@ def write_durably(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.tmp")
     aside.write_text(text, encoding="utf-8")
-    sync(aside)
+    flush(aside)
     aside.replace(path)
-    sync(path.parent)
+    flush(path.parent)
 
 
 def _check_kept(shard: Path, keys: Sequence[str], names: Sequence[str]) -> None:
