@@ -7,25 +7,26 @@ manifest last, so a run may die at any moment: a folder without a manifest that 
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from huggingface_hub import HfApi, snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from fourm import faults
 
 MANIFEST = "manifest.json"
 
@@ -46,8 +47,9 @@ def save(
     state: Mapping[str, Any],
     files: Mapping[str, str] | None = None,
     keep: int = 2,
+    permanent_every: int = 0,
 ) -> Path:
-    """Writes `folder/checkpoint-<step>`, then removes all but the `keep` newest complete checkpoints.
+    """Writes `folder/checkpoint-<step>`, then removes all older ones but the newest.
 
     Args:
         folder: The run's folder.
@@ -56,37 +58,83 @@ def save(
         state: Anything JSON can hold; floats return bit for bit.
         files: Further text files by name, such as the model's `config.json`.
         keep: How many checkpoints to leave; 0 leaves all.
+        permanent_every: Those of a multiple of this step are never removed, and do not count; 0 for none.
 
     Raises:
         OSError: The disk is full or broken; earlier checkpoints are untouched.
     """
+    texts = {"state.json": json.dumps(state, indent=1), **(files or {})}
+    needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+    needed += sum(len(text.encode()) for text in texts.values())
+    with writing(folder, step, keep, permanent_every, needed) as aside:
+        put(aside, tensors, texts)
+    return Path(folder) / f"checkpoint-{step}"
+
+
+@contextlib.contextmanager
+def writing(
+    folder: str | Path,
+    step: int,
+    keep: int = 2,
+    permanent_every: int = 0,
+    needed: int = 0,
+    main: bool = True,
+    agree: Callable[[bool], bool] = bool,
+) -> Iterator[Path]:
+    """A hidden folder to write a checkpoint into, by `put` or otherwise; at the end it becomes one.
+
+    Several processes write together where each enters this, on a folder that all of them see. One must put
+    `state.json`.
+
+    Args:
+        folder: The run's folder.
+        step: See `save`.
+        keep: See `save`.
+        permanent_every: See `save`.
+        needed: Bytes of the whole checkpoint.
+        main: Whether this is the process that makes the folder and completes it.
+        agree: Waits for all processes, and says whether all of them were given True.
+
+    Raises:
+        OSError: The disk is full or broken here or in another process; earlier checkpoints are untouched.
+    """
     folder = Path(folder)
     final, aside = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".checkpoint-*"):
-        shutil.rmtree(leftover)
-    aside.mkdir()
     try:
-        for name, group in tensors.items():
-            save_file(unshared(group), aside / f"{name}.safetensors", metadata={"format": "pt"})
-            (aside / f"{name}.safetensors").chmod(aside.stat().st_mode & 0o666)  # safetensors makes it the owner's only
-        for name, text in {"state.json": json.dumps(state, indent=1), **(files or {})}.items():
-            (aside / name).write_text(text)
-        manifest = {path.name: _fingerprint(path) for path in sorted(aside.iterdir())}
-        for name in manifest:
-            flush(aside / name)
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        flush(aside / MANIFEST)
-        flush(aside)
-    except OSError:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if final.exists():
-        final.rename(folder / f".checkpoint-{step}.replaced")
-    aside.rename(final)
-    flush(folder)
-    _rotate(folder, keep)
-    return final
+        with _together(agree):
+            if main:
+                _begin(aside, needed)
+        with _together(agree):
+            yield aside
+        with _together(agree):
+            if main:
+                _write_manifest(aside)
+                _publish(aside, final)
+                _rotate(folder, step, keep, permanent_every)
+    except Exception as error:
+        if main:
+            shutil.rmtree(aside, ignore_errors=True)
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        code = re.search(r"\(os error (\d+)\)", str(error))  # in what safetensors raises
+        number = (error.errno if isinstance(error, OSError) else code and int(code[1])) or errno.EIO
+        space = ""
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            space = f"; it needs over {needed:,} bytes, and {shutil.disk_usage(folder).free:,} are free"
+        raise OSError(number, f"{final} is not written: {error}{space}; earlier checkpoints are whole") from error
+
+
+def put(
+    aside: Path, tensors: Mapping[str, Mapping[str, Tensor]] | None = None, texts: Mapping[str, str] | None = None
+) -> None:
+    """Writes groups of tensors, one safetensors file each, and text files by name into the folder of `writing`."""
+    for name, group in (tensors or {}).items():
+        faults.reach("write")
+        save_file(unshared(group), aside / f"{name}.safetensors", metadata={"format": "pt"})
+        (aside / f"{name}.safetensors").chmod(aside.stat().st_mode & 0o666)  # safetensors makes it the owner's only
+    for name, text in (texts or {}).items():
+        faults.reach("write")
+        (aside / name).write_text(text)
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -109,8 +157,24 @@ def load(path: str | Path) -> Checkpoint:
     damage = _damage(path)
     if damage is not None:
         raise ValueError(f"{path} is not a complete checkpoint: {damage}")
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(path, tensors, json.loads((path / "state.json").read_text()))
+    tensors = {file.stem: read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
+    return Checkpoint(path, tensors, read_json(path / "state.json"))
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, on the CPU; ValueError where there is none, or another kind of file."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds; ValueError where it is another kind of file."""
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:  # also of bytes that are no text
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def resolve(path_or_id: str | Path) -> Path:
@@ -132,87 +196,6 @@ def resolve(path_or_id: str | Path) -> Path:
         raise ValueError(f"{path_or_id} is not a folder here, and the hub does not give it: {error}") from error
 
 
-def read_official(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of a checkpoint of apple/ml-4m, as they stand in its container; nothing is renamed.
-
-    Args:
-        path: A safetensors file with the config in its header (every value as Python prints it) or in a `config.json`
-            beside it, a training checkpoint `.pth` (a dict of `model` and `args`), or a folder with one such file.
-            Of a `.pth`, tensors and plain values are read, and `argparse.Namespace` as the only class.
-
-    Returns:
-        The config (of a `.pth`: the training arguments) and the tensors by name, on the CPU. Names that a hub export
-        left out, because their tensor is stored under another one, are filled in.
-
-    Raises:
-        ValueError: No such file, another container, or no config.
-    """
-    path = Path(path)
-    file = _official_file(path) if path.is_dir() else path
-    if file.suffix not in (".safetensors", ".pth"):
-        raise ValueError(f"{file} is not a checkpoint of 4M: expected a .safetensors or .pth file or a folder with one")
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist")
-    return _read_pth(file) if file.suffix == ".pth" else _read_safetensors(file)
-
-
-def _official_file(folder: Path) -> Path:
-    for pattern in ("model.safetensors", "*.safetensors", "*.pth"):
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            raise ValueError(f"{folder} holds several checkpoints ({', '.join(f.name for f in found)}): give one file")
-        if found:
-            return found[0]
-    raise ValueError(f"{folder} holds no file .safetensors or .pth")
-
-
-def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        tensors = load_file(file)
-        with safe_open(file, "pt") as opened:
-            header = opened.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a safetensors file: {error}") from error
-    config, beside = {}, file.with_name("config.json")
-    for key, value in header.items():
-        if value in tensors:
-            tensors.setdefault(key, tensors[value])
-        elif key != "format":
-            config[key] = _literal(value)
-    if beside.is_file():
-        try:
-            config |= json.loads(beside.read_text())
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{beside} is not a JSON object: {error}") from error
-    if not config:
-        raise ValueError(f"{file} has no config, neither in its header nor in a config.json beside it")
-    return config, tensors
-
-
-def _literal(text: str) -> Any:
-    """A value that Python printed: numbers, truth values, None and lists of them; anything else is a string."""
-    try:
-        return yaml.safe_load(re.sub(r"\bNone\b", "null", text))
-    except yaml.YAMLError:
-        return text
-
-
-def _read_pth(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # torch raises many unrelated types
-        foreign = re.search(r"(?:GLOBAL|global:?) ([\w.]+\.\w+)", str(error))
-        reason = f"it holds a {foreign[1]}, and code in pickles is never run" if foreign else str(error).splitlines()[0]
-        raise ValueError(f"{file} is not read: {reason}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict) or "args" not in content:
-        raise ValueError(f"{file} is not a training checkpoint of 4M: expected a dict with 'model' and 'args'")
-    config = content["args"]
-    if not isinstance(config, argparse.Namespace | dict):
-        raise ValueError(f"{file}: 'args' is a {type(config).__name__}, expected an argparse.Namespace or a dict")
-    return dict(config if isinstance(config, dict) else vars(config)), dict(content["model"])
-
-
 def push(folder: str | Path, repository: str, private: bool = True) -> str:
     """Uploads a folder to the Hugging Face hub as `owner/name`; returns the address of the commit."""
     api = HfApi()
@@ -220,10 +203,88 @@ def push(folder: str | Path, repository: str, private: bool = True) -> str:
     return api.upload_folder(repo_id=repository, folder_path=str(folder)).commit_url
 
 
+@contextlib.contextmanager
+def _together(agree: Callable[[bool], bool]) -> Iterator[None]:
+    """Goes on where all processes did their part, and fails in all of them where one failed."""
+    try:
+        yield
+    except Exception:
+        agree(False)
+        raise
+    if not agree(True):
+        raise OSError(errno.EIO, "another process failed to write its part")
+
+
+def _begin(aside: Path, needed: int) -> None:
+    """Removes what dead processes left, and makes the hidden folder."""
+    folder = aside.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in _checkpoints(folder):
+        if path.suffix == ".replaced":
+            path.rename(folder / path.stem.removeprefix("."))
+    for leftover in folder.glob(".checkpoint-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    faults.reach("write")
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    aside.mkdir()
+
+
+def _write_manifest(aside: Path) -> None:
+    """Flushes all files, and lists them."""
+    inside = sorted(aside.rglob("*"))
+    files = [path for path in inside if path.is_file()]
+    with ThreadPoolExecutor() as pool:
+        fingerprints = pool.map(_fingerprint, files)
+        manifest = {path.relative_to(aside).as_posix(): each for path, each in zip(files, fingerprints, strict=True)}
+    for path in inside:
+        faults.reach("write")
+        flush(path)
+    faults.reach("write")
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (aside / MANIFEST, aside):
+        faults.reach("write")
+        flush(path)
+
+
+def _publish(aside: Path, final: Path) -> None:
+    """Gives the hidden folder its name; at every moment either it or the one it replaces is found by `latest`."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        faults.reach("write")
+        final.rename(replaced)
+    faults.reach("write")
+    aside.rename(final)
+    faults.reach("write")
+    flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _rotate(folder: Path, step: int, keep: int, permanent_every: int) -> None:
+    """Removes old checkpoints. Those of later steps are not counted: the run would have gone on from a sound one."""
+    complete = [path for path in _checkpoints(folder) if (path / MANIFEST).exists() and _number(path) <= step]
+    old = [path for path in complete if not permanent_every or _number(path) % permanent_every]
+    for path in old[:-keep] if keep else []:
+        hidden = folder / f".{path.name}.removed"  # renamed first, so that no half-removed one is ever found
+        try:
+            faults.reach("write")
+            path.rename(hidden)
+            faults.reach("write")
+            shutil.rmtree(hidden)
+        except OSError as error:
+            warnings.warn(f"{path} is not removed: {error}", stacklevel=2)
+
+
 def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first, complete or not."""
+    """Checkpoint folders, oldest first, complete or not; also one that was put aside and whose successor never came."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    aside = folder.glob(".checkpoint-*.replaced")
+    found += [path for path in aside if not (folder / path.stem.removeprefix(".")).exists()]
+    return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(re.findall(r"\d+", path.name)[0])
 
 
 def _damage(path: Path) -> str | None:
@@ -231,25 +292,22 @@ def _damage(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for name, expected in manifest.items():
+            if {"/", ".."} & {*Path(name).parts}:
+                return f"{MANIFEST} names {name}, outside of the folder"
             if (path / name).stat().st_size != expected["bytes"]:
                 return f"{name} is cut short"
-            if _fingerprint(path / name) != expected:
-                return f"{name} was altered"
+        with ThreadPoolExecutor() as pool:
+            found = pool.map(lambda name: _fingerprint(path / name), manifest)
+            for (name, expected), fingerprint in zip(manifest.items(), found, strict=True):
+                if fingerprint != expected:
+                    return f"{name} was altered"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return str(error)
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"
     return None if "state.json" in manifest else f"{MANIFEST} does not list state.json"
-
-
-def _rotate(folder: Path, keep: int) -> None:
-    complete = [path for path in _checkpoints(folder) if (path / MANIFEST).exists()]
-    for path in complete[:-keep] if keep else []:
-        hidden = folder / f".{path.name}.removed"  # renamed first, so that no half-removed one is ever found
-        path.rename(hidden)
-        shutil.rmtree(hidden)
-    for leftover in folder.glob(".checkpoint-*.replaced"):
-        shutil.rmtree(leftover)
 
 
 def unshared(group: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,10 +22,12 @@ ImageBind is neither in timm nor in transformers: install its repository and giv
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import os
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +300,19 @@ class HEDEncoder(ImageEncoder):
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def tensors_only() -> Iterator[None]:
+    """Inside, `torch.load` runs no code that a pickle names, whatever a library asks of it."""
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+        if before is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
 def from_transformers(kind: str, where: str, **options: Any) -> Any:
     """`transformers.<kind>.from_pretrained(where)`, of a hub id or a folder; safetensors only, no remote code.
 
@@ -308,7 +323,8 @@ def from_transformers(kind: str, where: str, **options: Any) -> Any:
     if kind.startswith("AutoModel"):
         options["use_safetensors"] = True
     try:
-        return getattr(transformers, kind).from_pretrained(where, trust_remote_code=False, **options)
+        with tensors_only():
+            return getattr(transformers, kind).from_pretrained(where, trust_remote_code=False, **options)
     except Exception as error:  # the hub client raises many unrelated types
         raise ValueError(f"{where}: transformers cannot load its {kind} from here or from the hub: {error}") from error
 
@@ -340,10 +356,11 @@ def _timm(name: str, model: str, layer: str, size: int, weights: Path | None = N
     import timm
 
     try:
-        try:
-            network = timm.create_model(model, pretrained=not weights, dynamic_img_size=True)
-        except TypeError:  # only vision transformers have to be told to take pictures of any size
-            network = timm.create_model(model, pretrained=not weights)
+        with tensors_only():
+            try:
+                network = timm.create_model(model, pretrained=not weights, dynamic_img_size=True)
+            except TypeError:  # only vision transformers have to be told to take pictures of any size
+                network = timm.create_model(model, pretrained=not weights)
     except Exception as error:  # the hub client raises many unrelated types
         raise ValueError(f"{name}: timm cannot load this from here or from the hub: {error}") from error
     if weights:

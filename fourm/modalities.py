@@ -118,12 +118,15 @@ class TokenSpace:
         modalities: Rows by name; their order is the order of modality numbers.
 
     Raises:
-        ValueError: An empty table, or modalities that share a vocabulary but differ in its size.
+        ValueError: An empty table, a name that is a path, or modalities that share a vocabulary but differ in its size.
     """
 
     def __init__(self, modalities: Mapping[str, Modality]):
         if not modalities:
             raise ValueError("the modality table is empty, expected at least one modality")
+        for name in modalities:
+            if not name or name[0] == "." or any(letter in name for letter in "/\\\0"):
+                raise ValueError(f"modality {name!r}: files are called by the name, it must not be a path")
         self.modalities = dict(modalities)
         self.names = list(self.modalities)
         self.number = {name: number for number, name in enumerate(self.names)}
@@ -204,7 +207,10 @@ class TokenSpace:
     @classmethod
     def from_yaml(cls, path: str | Path) -> TokenSpace:
         """Reads a table from a YAML file: a mapping from name to row."""
-        table = yaml.safe_load(Path(path).read_text())
+        try:
+            table = yaml.safe_load(Path(path).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not plain YAML: {error}") from error
         if not isinstance(table, Mapping) or not all(isinstance(row, Mapping) for row in table.values()):
             raise ValueError(f"{path}: expected a mapping from modality name to its fields")
         return cls.from_dict(table)

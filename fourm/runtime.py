@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import parse_flag_from_env, patch_environment
 
 PRECISIONS = ("auto", "fp32", "bf16")
+
+
+class GPU(NamedTuple):
+    """Dense bfloat16 products in TFLOP/s, and memory in GiB, as their makers give them."""
+
+    tflops: float
+    gib: float
+
+
+GPUS = {
+    "A100-40G": GPU(312, 40),
+    "A100": GPU(312, 80),
+    "H100": GPU(989, 80),
+    "H100-PCIe": GPU(756, 80),
+    "H200": GPU(989, 141),
+    "B200": GPU(2250, 180),
+    "L40S": GPU(362, 48),
+    "MI300X": GPU(1307, 192),
+    "RTX4090": GPU(165, 24),
+}
 
 
 def accelerator(threads: int | None = None) -> Accelerator:
@@ -29,12 +53,8 @@ def accelerator(threads: int | None = None) -> Accelerator:
         threads: Threads torch computes with in this process; default: torch's own choice.
 
     Raises:
-        ValueError: Another number of processes than asked for came together, or they are told to use FSDP.
+        ValueError: Another number of processes than asked for came together.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        raise ValueError(
-            "accelerate is set to FSDP, which the trainer cannot run yet; launch it with DDP (--multi_gpu)"
-        )
     keep_memory()
     if threads:
         torch.set_num_threads(threads)
@@ -44,7 +64,8 @@ def accelerator(threads: int | None = None) -> Accelerator:
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))
     # Without `cpu`, accelerate takes several processes on a machine without GPU for as many separate runs.
     on_cpu = not torch.accelerator.is_available()
-    joined = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[unused, patient])
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # accelerate's own FSDP is DDP on CPU, without a word
+        joined = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[unused, patient])
     asked = os.environ.get("WORLD_SIZE", "1")
     if not asked.isdigit() or int(asked) != joined.num_processes:
         raise ValueError(
@@ -52,6 +73,11 @@ def accelerator(threads: int | None = None) -> Accelerator:
             "`python -m torch.distributed.run --nproc_per_node N -m fourm ...`"
         )
     return joined
+
+
+def asks_for_shards() -> bool:
+    """Whether the launcher wants the model sharded: `accelerate launch` with a config of type FSDP."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def keep_memory() -> None:
@@ -87,6 +113,31 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "bf16" and not has_bf16(device):
         raise ValueError(f"precision is 'bf16', but this {device.type} has no bfloat16 hardware; use 'auto' or 'fp32'")
     return torch.bfloat16 if precision != "fp32" and has_bf16(device) else torch.float32
+
+
+@functools.cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of dense matrix products, against which use is measured: the maker's figure of a GPU, a CPU's as measured.
+
+    The CPU's is the best of three products of 1024 x 1024 matrices, with the threads of this process.
+
+    Returns:
+        None for devices that are not in `GPUS`, and for float32 on a GPU.
+    """
+    if device.type == "cpu":
+        a, b = torch.ones(2, 1024, 1024, dtype=dtype)
+        seconds = []
+        for _ in range(4):  # the first one warms up
+            began = time.perf_counter()
+            torch.mm(a, b)
+            seconds.append(time.perf_counter() - began)
+        return 2 * 1024**3 / min(seconds[1:])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if dtype != torch.bfloat16 or re.search(r"\b(Laptop|D|NVL|MIG)\b", name):  # slower ones, and parts of one
+        return None
+    words = {key: re.sub(r"(?<=[A-Z])(?=\d)", " ?", key).split("-") for key in GPUS}  # RTX 4090
+    fitting = [key for key, parts in words.items() if all(re.search(rf"{part}(?!\d)", name) for part in parts)]
+    return 1e12 * GPUS[max(fitting, key=len)].tflops if fitting else None
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -135,16 +186,17 @@ def open_run(folder: str | Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def finish(joined: Accelerator) -> None:
-    """Ends the program of one of several processes; returns where there is only one.
+def finish(joined: Accelerator, status: int = 0) -> None:
+    """Ends the program of one of several processes; where there is only one it returns if all is well.
 
     Gloo processes tend to abort at interpreter exit although all work is done, so they leave without it.
     """
-    if joined.num_processes == 1:
-        return
-    joined.wait_for_everyone()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if joined.device.type == "cpu":
-        os._exit(0)
+    if joined.num_processes > 1:
+        joined.wait_for_everyone()
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if joined.device.type == "cpu":
+            os._exit(status)
+    if status:
+        sys.exit(status)

@@ -1,6 +1,12 @@
+import errno
 import json
 import os
+import resource
+import shutil
+import signal
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -69,7 +75,9 @@ def _die_at(point):
     checkpoint.save_file = wrap(checkpoint.save_file)
 
 
-def test_killed_at_each_write_point(tmp_path):
+@pytest.mark.parametrize("step", [1, 2])  # the only checkpoint is replaced; another one is made
+def test_killed_at_each_change_of_the_disk(tmp_path, monkeypatch, step):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # the order counts, not the disk
     survived, points = False, 0
     while not survived:
         points += 1
@@ -79,7 +87,7 @@ def test_killed_at_each_write_point(tmp_path):
         if child == 0:
             try:
                 _die_at(points)
-                save(folder, 2, keep=1)
+                save(folder, step, keep=1)
             except BaseException:
                 os._exit(8)
             os._exit(0)
@@ -90,23 +98,98 @@ def test_killed_at_each_write_point(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # nothing half-written bears a checkpoint's name
             found = checkpoint.latest(folder)
-        assert checkpoint.load(found).state == {"step": int(found.name[-1]), "third": 1 / 3}
-        save(folder, 3, keep=1)
-        assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-3"]
-    assert found.name == "checkpoint-2" and points > 15
+        loaded = checkpoint.load(found)
+        assert loaded.state in ({"step": 1, "third": 1 / 3}, {"step": step, "third": 1 / 3})
+        save(folder, 3, keep=2)
+        assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint-{loaded.state['step']}", "checkpoint-3"]
+    assert loaded.state["step"] == step and points > 15
 
 
-def test_full_disk_leaves_the_old_ones(tmp_path, monkeypatch):
+def test_permanent_ones_stay_and_do_not_count(tmp_path):
+    for step in range(1, 9):
+        checkpoint.save(tmp_path, step, {}, {}, keep=2, permanent_every=3)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint-3", "checkpoint-6", "checkpoint-7", "checkpoint-8"]
+    for step in (9, 10, 11):
+        checkpoint.save(tmp_path, step, {}, {}, keep=0)
+    assert len(list(tmp_path.iterdir())) == 7
+
+
+def test_damaged_later_one_does_not_push_out_sound_ones(tmp_path):
+    save(tmp_path, 4)
+    (save(tmp_path, 8) / "model.safetensors").write_bytes(b"")
+    save(tmp_path, 5, keep=1)  # the run went on from 4
+    with pytest.warns(UserWarning, match="checkpoint-8 is not a complete checkpoint"):
+        assert checkpoint.latest(tmp_path).name == "checkpoint-5"
+
+
+def test_no_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1)
-
-    def full(handle):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    usage = shutil.disk_usage(tmp_path)._replace(free=40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(checkpoint, "save_file", None)
+    with pytest.raises(
+        OSError, match=r"checkpoint-2 is not written: .*No space.* needs over 94 bytes, and 40 are free"
+    ):
         save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert checkpoint.load(checkpoint.latest(tmp_path)).state["step"] == 1
+
+
+def test_disk_that_is_full_halfway(tmp_path):
+    """safetensors' own error, on a disk that has less room than it says: a limit on the size of files does the same."""
+    save(tmp_path, 1)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            checkpoint.save(tmp_path, 2, {"model": {"large": torch.zeros(2000)}}, {})
+        except OSError as error:
+            os._exit(error.errno if f"{tmp_path}/checkpoint-2 is not written" in str(error) else 1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == errno.EFBIG
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_several_processes_write_one(tmp_path):
+    """Two processes, as threads: the other one's file is in a folder."""
+    world = threading.Barrier(2, timeout=20)
+    votes = {}
+
+    def process(rank, spoil=False):
+        def agree(ok):
+            votes[rank] = ok
+            world.wait()
+            together = all(votes.values())
+            world.wait()
+            return together
+
+        try:
+            with checkpoint.writing(tmp_path, 2 if spoil else 1, main=rank == 0, agree=agree) as aside:
+                if rank:
+                    (aside / "part").mkdir()
+                    checkpoint.save_file({"b": torch.ones(3)}, aside / "part" / "1.safetensors")
+                    if spoil:
+                        raise OSError(5, "broken")
+                else:
+                    checkpoint.put(aside, {"model": {"a": torch.ones(2)}}, {"state.json": "{}"})
+        except OSError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(process, (0, 1))) == [None, None]
+        errors = list(pool.map(process, (0, 1), (True, True)))
+    assert "another process" in errors[0] and "broken" in errors[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    path = checkpoint.latest(tmp_path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert sorted(manifest) == ["model.safetensors", "part/1.safetensors", "state.json"]
+    assert manifest["part/1.safetensors"] == checkpoint._fingerprint(path / "part" / "1.safetensors")
+    (path / "part" / "1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"1.safetensors is missing"):
+        checkpoint.load(path)
 
 
 def test_pickle_in_the_place_of_tensors_is_refused(tmp_path):

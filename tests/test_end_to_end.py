@@ -117,7 +117,7 @@ def run(tmp_path_factory):
         *("--folder", run.tokenizers, "--vocab_size", WORDS, "--sentinels", SENTINELS),
     )
     tokenize(run, run.table, run.tokens)
-    fourm("train", "--config", run.train, "--folder", run.model)
+    fourm("train", "--config", run.train, "--folder", run.model, "--tokenizers", run.tokenizers)
     return run
 
 
@@ -141,6 +141,15 @@ def test_loss_falls_and_the_model_is_kept(run):
     assert newest.config == model.config and not torch.equal(newest.mask_token, model.mask_token)  # not the average
     resolved = yaml.safe_load((run.model / "config.yaml").read_text())
     assert resolved["steps"] == STEPS and resolved["loss"] == "mod"  # what was left out too
+
+
+def test_trainings_show_what_they_learn(run):
+    assert [path.name for path in sorted((run.model / "pictures").iterdir())] == [
+        "samples-from_rgb-20.png", "samples-from_rgb-40.png",
+    ]  # fmt: skip
+    for name in MAPS:
+        assert Image.open(run.tokenizers / name / "run/pictures/val-reconstructions-10.png").width == 8 * 136
+    assert all(0 < share < 1.5 for share in losses(run.model, "mfu"))
 
 
 def test_shards_of_all_kinds_line_up(run):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    {"modalities"}, {"runtime"}, {"checkpoint", "encoders", "logbook", "pipeline"}, {"data"}, {"tokenization"},
-    {"masking"}, {"model"}, {"training"}, {"generation"}, {"evaluation"}, {"verbs"}, {"cli"}, {"__main__"},
+    {"modalities"}, {"runtime", "faults"}, {"checkpoint", "official_files", "encoders", "logbook", "pipeline"},
+    {"data"}, {"tokenization"}, {"masking"}, {"model"}, {"training"}, {"generation"}, {"evaluation"}, {"verbs"},
+    {"cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -34,6 +35,30 @@ def test_precision_follows_the_hardware(monkeypatch):
         runtime.autocast_dtype("fp8", cpu)
 
 
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [("NVIDIA A100 80GB PCIe", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L40S", 362),
+     ("NVIDIA GeForce RTX 4090", 165), ("AMD Instinct MI300X", 1307), ("NVIDIA L40", None), ("NVIDIA RTX A1000", None),
+     ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None)],
+)  # fmt: skip
+def test_peak_of_a_gpu_follows_its_name(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = runtime.peak_flops.__wrapped__(torch.device("cuda"), torch.bfloat16)
+    assert peak == (tflops and tflops * 1e12)
+    assert runtime.peak_flops.__wrapped__(torch.device("cuda"), torch.float32) is None
+
+
+def test_peak_of_a_cpu_is_measured():
+    cpu = torch.device("cpu")
+    peak = runtime.peak_flops(cpu, torch.float32)
+    assert 1e9 < peak < 1e14 and runtime.peak_flops(cpu, torch.float32) == peak  # once
+    matrix = torch.rand(512, 512)
+    began = time.perf_counter()
+    for _ in range(4):
+        matrix @ matrix
+    assert 4 * 2 * 512**3 / (time.perf_counter() - began) < 3 * peak
+
+
 def test_bf16_on_cpu_needs_instructions(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -64,7 +89,11 @@ def test_run_folder_explains_itself(tmp_path):
     assert environment["torch"] == torch.__version__ and environment["threads"] == torch.get_num_threads()
 
 
-def test_fsdp_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="FSDP"):
-        runtime.accelerator()
+def test_accelerate_does_not_shard_by_itself():
+    program = (
+        "import os, fourm.runtime as r; joined = r.accelerator();"
+        "print(joined.distributed_type, r.asks_for_shards(), os.environ['ACCELERATE_USE_FSDP'])"
+    )
+    asked = os.environ | {"ACCELERATE_USE_FSDP": "true"}
+    done = subprocess.run([sys.executable, "-c", program], env=asked, capture_output=True, text=True)
+    assert done.stdout == "DistributedType.NO True true\n", done.stderr

@@ -7,7 +7,11 @@ times that were taken in turn in one run, or CPU seconds of one thread.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 import timeit
@@ -23,7 +27,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from fourm import runtime
+from fourm import logbook, runtime
 from fourm.data.loader import Loader
 from fourm.data.shards import write_shards
 from fourm.data.tokens import TokenDataset
@@ -400,6 +404,117 @@ def generation(batch: int = 2, tokens: int = 256, steps: int = 8, rounds: int = 
             yield Figure(label, ours / least, 1.2, at_most=True, unit="x floor")
 
 
+def many_modalities(count: int) -> TokenSpace:
+    """So many modalities, every fourth a text, with a vocabulary of 512 or 1,024 ids each."""
+    grid = {"kind": "grid", "grid": [8, 8]}
+    text = {"kind": "text", "vocab_size": 1024, "max_tokens": 32, "sentinels": 40}
+    rows: list[dict[str, Any]] = [grid | {"vocab_size": 1024}, grid | {"vocab_size": 512}] * 2
+    return TokenSpace.from_dict({f"m{i:02d}": text if i % 4 == 3 else rows[i % 4] for i in range(count)})
+
+
+class Run:
+    """A training with so many modalities at 128/128 tokens: 4M's size tiny, fp32, shards on disk."""
+
+    def __init__(self, count: int, batch: int, root: Path):
+        space = many_modalities(count)
+        named = ({"__key__": f"{i:05d}", **sample} for i, sample in enumerate(random_samples(space, 4 * batch)))
+        write_shards(root / str(count), "train", named, 4 * batch, extensions=dict.fromkeys(space.names, "npy"))
+        mixture = [Component(input={"others": 0.5}, target={"others": 0.5})]
+        masker = Masker(space, MaskingConfig(input_tokens=128, target_tokens=128, mixture=mixture))
+        self.batches = Loader(TokenDataset(root / str(count) / "train", space), batch, masker, seed=0).batches()
+        torch.manual_seed(0)
+        self.model = FourM(FourMConfig(size="tiny"), space).train()
+        self.optimizers = build_optimizers(self.model, OptimConfig())
+        sides = (self.model.encoder_embeddings, self.model.decoder_embeddings)
+        # Weight, gradient and the two means of Adam; positions are neither learned nor in any gradient.
+        self.tables = sum(16 * side.tokens.weight.numel() + 4 * side.positions.numel() for side in sides)
+
+    def step(self) -> list[float]:
+        """CPU seconds of reading and masking, of the two passes, and of clipping and AdamW; tokens of the batch."""
+        times = [time.process_time()]
+        masked = next(self.batches)
+        tokens = masked.input_tokens + masked.target_tokens
+        times.append(time.process_time())
+        self.model.loss(masked)["loss"].backward()
+        times.append(time.process_time())
+        clip_gradients(self.model, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return [*np.diff([*times, time.process_time()]), tokens]
+
+
+def peak_memory(count: int, batch: int) -> tuple[float, float]:
+    """Peak memory of three steps in a process of its own, and what the tables take of it, in GB."""
+    torch.set_num_threads(1)
+    runtime.keep_memory()
+    with tempfile.TemporaryDirectory() as root:
+        run = Run(count, batch, Path(root))
+        for _ in range(3):
+            run.step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, run.tables / 1e9
+
+
+def modalities(counts: Sequence[int] = (12, 24, 48), batch: int = 16, rounds: int = 7) -> Iterator[Figure]:
+    """CPU seconds of a training step of one thread, and peak memory, with ever more modalities at the same budgets.
+
+    Clipping and AdamW pass over all rows of all tables, so their time is printed apart. More modalities fill the same
+    budgets better, and empty slots cost nothing, so times are compared per token.
+    """
+    torch.set_num_threads(1)
+    runtime.keep_memory()
+    # First, because the peak of a new process is at least what its parent holds.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks, tables = zip(*pool.starmap(peak_memory, [(count, batch) for count in counts], chunksize=1), strict=True)
+    with tempfile.TemporaryDirectory() as root:
+        runs = [Run(count, batch, Path(root)) for count in counts]
+        seconds = np.array([[run.step() for run in runs] for _ in range(rounds + 1)])[1:]  # one to warm up
+    data, passes, optimizer, tokens = np.median(seconds, axis=0).T
+    for i, count in enumerate(counts):
+        print(
+            f"  {count} modalities: data and masking {1e3 * data[i]:.0f} ms, passes {1e3 * passes[i]:.0f} ms; apart: "
+            f"clipping and AdamW {1e3 * optimizer[i]:.0f} ms; {tokens[i] / batch:.0f} tokens a sample; peak "
+            f"{peaks[i]:.2f} GB, of it tables {tables[i]:.2f} GB"
+        )
+    whole = seconds[..., :2].sum(2) / seconds[..., 3]
+    for i, count in enumerate(counts[1:], start=1):
+        time_ratio = float(np.median(whole[:, i] / whole[:, 0]))
+        yield Figure(f"time per token, {count} over {counts[0]} modalities", time_ratio, 1.05, at_most=True, unit="x")
+        memory_ratio = (peaks[i] - tables[i]) / (peaks[0] - tables[0])
+        yield Figure(f"memory but for tables, {count} over {counts[0]}", memory_ratio, 1.05, at_most=True, unit="x")
+
+
+def waiting(steps: int = 100) -> Iterator[Figure]:
+    """Share of the demo's training that waits for data, by its own command and config on 2 threads, from step 10 on.
+
+    Where `runs/demo/tokens` lacks modalities random tokens of the same shapes take its place.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        data, space = ROOT / "runs/demo/tokens", TokenSpace.from_yaml(ROOT / "configs/modalities/earth.yaml")
+        if not all((data / split / name).is_dir() for split in ("train", "val") for name in space.names):
+            data = Path(folder) / "tokens"
+            kinds = {name: "npy" for name, row in space.modalities.items() if row.kind != "patches"}
+            for split, count in (("train", 4096), ("val", 64)):
+                named = ({"__key__": f"{i:05d}", **sample} for i, sample in enumerate(random_samples(space, count)))
+                write_shards(data, split, named, 1024, extensions=kinds)
+        options = {"data": data, "folder": f"{folder}/run", "steps": steps, "log_every": 1, "eval_every": 0,
+                   "save_every": 0, "val_batches": 1, "calibrate": "false"}  # fmt: skip
+        words = [
+            "train",
+            "--config",
+            "configs/train/earth.yaml",
+            *(f"--{key}={value}" for key, value in options.items()),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+        subprocess.run([sys.executable, "-m", "fourm", *words], cwd=ROOT, env=environment, check=True,
+                       stdout=subprocess.DEVNULL)  # fmt: skip
+        records = [record for record in logbook.read(f"{folder}/run") if "data_wait" in record][10:]
+    seconds = np.array([record["seconds"] for record in records])
+    waited = seconds @ [record["data_wait"] for record in records]
+    print(f"steps of {1e3 * np.median(seconds):.0f} ms, of which data wait {1e3 * waited / len(records):.1f} ms")
+    yield Figure("data wait of the demo's training", 100 * waited / seconds.sum(), 2, at_most=True, unit="% of time")
+
+
 def compare(label: str, run: Callable[[], object], floor: Callable[[], object], rounds: int) -> tuple[float, float]:
     """CPU seconds of both, the least of some rounds in turn."""
     seconds = [[timeit.timeit(part, timer=time.process_time, number=1) for part in (run, floor)] for _ in range(rounds)]
@@ -415,6 +530,8 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Figure]]] = {
     "training": training,
     "packing": packing,
     "generation": generation,
+    "modalities": modalities,
+    "waiting": waiting,
 }
 
 if __name__ == "__main__":

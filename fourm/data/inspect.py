@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 from tqdm import tqdm
 
+from fourm.checkpoint import read_json
 from fourm.data.shards import EXTENSIONS, Column, Faults, check_tokens, index_folder
 from fourm.data.tokens import CROPS
 from fourm.modalities import Modality, TokenSpace
@@ -222,7 +223,7 @@ def inspect(path: str | Path, space: TokenSpace | None = None, samples: int = 6)
     if not names:
         found.troubles.append(Trouble("", "", "no data", f"{path}: expected <split>/<modality>/ with shards or files"))
     card = beside(found.path, "card.json")
-    rows = json.loads(card.read_text()).get("modalities", {}) if card.is_file() and not space else {}
+    rows = read_json(card).get("modalities", {}) if card.is_file() and not space else {}
     for folder in folders if names else ():
         faults = {name: Collected(folder.name, name) for name in names}
         columns = [index_folder(folder / name, faults[name]) for name in names]

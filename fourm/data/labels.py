@@ -24,6 +24,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torch.nn.utils.rnn import pad_sequence
 
 from fourm import runtime
+from fourm.checkpoint import read_json
 from fourm.data.pixels import canny, depth_normals, luma, palettes, picture, statistics
 from fourm.data.rewrite import rewrite, write_durably
 from fourm.data.shards import ShardDataset
@@ -420,7 +421,7 @@ def label(config: LabelConfig) -> None:
 def _write_record(config: LabelConfig, write: bool) -> None:
     """Says how labels are made, and refuses to go on with one that was made otherwise."""
     path = Path(config.data) / "labels.json"
-    record = json.loads(path.read_text()) if path.is_file() else {}
+    record = read_json(path) if path.is_file() else {}
     for name, settings in config.labels.items():
         wanted = {"source": config.image, **settings}
         folders = [folder for split in config.splits if (folder := Path(config.data) / split / name).exists()]

@@ -105,6 +105,11 @@ class MixedDataset:
         """Faults by reason."""
         return dict(sum((Counter(dataset.skipped) for dataset in self.datasets), Counter[str]()))
 
+    def fingerprints(self) -> dict[str, str]:
+        """What differs where the samples of a data set do, with the data set's number in front."""
+        each = [dataset.fingerprints() for dataset in self.datasets]
+        return {f"{i}. {name}": value for i, prints in enumerate(each) for name, value in prints.items()}
+
     def order(self, seed: int) -> MixedOrder:
         """The order of training."""
         return MixedOrder([dataset.order(seed) for dataset in self.datasets], self.weights, seed)

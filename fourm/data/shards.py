@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -29,6 +30,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from fourm.checkpoint import read_json
 from fourm.modalities import Modality
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,8 @@ def _encode_image(value: Any, image_format: str) -> bytes:
 
 def _decode_image(data: bytes) -> np.ndarray:
     """Upright as its EXIF says; 16 bits and floats stay, everything else becomes uint8 (H, W) or (H, W, 3)."""
-    with Image.open(io.BytesIO(data)) as image:
+    Image.init()
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
             array = np.array(image)
@@ -97,8 +100,7 @@ def _decode_npy(data: bytes) -> np.ndarray:
     except ValueError as error:
         if "pickle" not in str(error):
             raise
-        advice = "write them once more as .json, or as .npz with plain arrays"
-        raise ValueError(f"Object arrays are pickled, and nothing is unpickled here; {advice}") from error
+        raise ValueError(f"Object arrays are pickled; {PICKLE_ADVICE}") from error
 
 
 def _encode_npz(value: Any) -> bytes:
@@ -109,7 +111,10 @@ def _encode_npz(value: Any) -> bytes:
 
 def _decode_npz(data: bytes) -> dict[str, np.ndarray]:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return dict(arrays)
+        values = dict(arrays)
+    if not all(isinstance(value, np.ndarray) for value in values.values()):
+        raise ValueError("expected a zip of nothing but .npy files")
+    return values
 
 
 def _decode_wav(data: bytes) -> np.ndarray:
@@ -133,8 +138,12 @@ class Codec:
     decode: Callable[[bytes], Any]
 
 
+PICKLES = ("pkl", "pickle", "pyd", "pth", "pt", "joblib")
+PICKLE_ADVICE = "nothing is unpickled here; write them once more as .json, or as .npz with plain arrays"
 IMAGES = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "ppm": "PPM", "pgm": "PPM", "bmp": "BMP",
           "tif": "TIFF", "tiff": "TIFF", "jpx": "JPEG2000"}  # fmt: skip
+
+FORMATS = [*dict.fromkeys(IMAGES.values()), "GIF"]  # Pillow knows others too, such as programs in PostScript
 
 # Those of 4M (its data/modality_transforms.py), without anything pickled.
 EXTENSIONS: dict[str, Codec] = {
@@ -330,21 +339,25 @@ class Column:
 
 def tar_entries(path: Path, stream: BinaryIO, faults: Faults) -> list[tuple[str, int, int]]:
     """Names, offsets and sizes of the files in a tar; of a damaged one those before the damage."""
-    entries = []
+    entries, end = list[tuple[str, int, int]](), stream.seek(0, io.SEEK_END)
+    stream.seek(0)
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
-                if member.isfile():
+                if not 0 <= member.size <= end - member.offset_data:  # with less than 0 `tarfile` goes in circles
+                    raise tarfile.ReadError(f"entry {member.name!r} has {member.size} bytes")
+                if member.isfile() and not member.issparse():
                     entries.append((member.name, member.offset_data, member.size))
                 elif not member.isdir():
-                    faults.meet("damaged", f"{path}: entry {member.name!r} is a link or a device, expected a file")
+                    faults.meet(
+                        "damaged", f"{path}: entry {member.name!r} is a link, device or sparse, expected a file"
+                    )
             stream.seek(tar.offset)  # `tarfile` takes a damaged header for the end
             if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("there is no end mark")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OverflowError, MemoryError) as error:  # the last two of impossible sizes of names
         faults.meet("damaged", f"{path}: the tar is truncated or damaged after {len(entries)} entries: {error}", error)
-    end = stream.seek(0, io.SEEK_END)
-    return [entry for entry in entries if entry[1] + entry[2] <= end]
+    return entries
 
 
 def parse_name(name: str) -> tuple[str, str]:
@@ -374,8 +387,12 @@ def by_key(modality: str, found: Sequence[tuple[str, Path, int, int]], faults: F
     for name, path, offset, size in found:
         key, extension = parse_name(name)
         at = f"{modality}, {path}, key {key!r}"
-        if extension not in EXTENSIONS:
-            faults.meet("extension", f"{at}: extension {extension!r} is unknown, allowed are {', '.join(EXTENSIONS)}")
+        if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+            faults.meet("name", f"{at}: the name {name!r} leads out of its folder")
+        elif extension not in EXTENSIONS:
+            advice = f" ({PICKLE_ADVICE})" if extension in PICKLES else ""
+            allowed = ", ".join(EXTENSIONS)
+            faults.meet("extension", f"{at}: extension {extension!r} is unknown{advice}, allowed are {allowed}")
         elif EXTENSIONS[extension].kind != (usual := kinds.most_common(1)[0][0]):
             faults.meet("extension", f"{at}: wrong extension {extension!r}, most of the others are of kind {usual}")
         elif key in column.entries:
@@ -452,13 +469,19 @@ class ShardDataset:
         keys = {column.modality: list(column.entries) for column in columns}
         self.keys = aligned_keys(keys, lambda name, key: self.columns[name].describe(key), self._faults)
         card = self.folder.parent / "card.json"
-        rows = json.loads(card.read_text()).get("modalities", {}) if card.is_file() else {}
+        rows = read_json(card).get("modalities", {}) if card.is_file() else {}
         self._dtypes = {name: rows[name]["dtype"] for name in self.modalities if "dtype" in rows.get(name, {})}
 
     @property
     def skipped(self) -> dict[str, int]:
         """Number of skipped samples by reason."""
         return dict(self._faults.skipped)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What differs where samples were added, taken away, or are of another size in bytes."""
+        found = "".join(f"{name} {key} {column.entries[key].size}\n"
+                        for name, column in self.columns.items() for key in self.keys)  # fmt: skip
+        return {"data": hashlib.sha256(found.encode()).hexdigest()[:12]}
 
     def __len__(self) -> int:
         return len(self.keys)

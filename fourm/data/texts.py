@@ -59,7 +59,7 @@ class TextSource(FileSource):
         samples: int | None = None,
     ):
         self.name, self.names, self.row, self.encode, self.field = text, [modality], row, encode, field
-        self.subset, self.split = name, split
+        self.subset, self.split, self.encoder = name, split, encoder
         path, packed = Path(text), infer_compression(text)
         self.suffix = Path(path.stem).suffix if packed else path.suffix
         self.local = path.is_file() or bool(packed) or self.suffix in FILES
@@ -81,6 +81,10 @@ class TextSource(FileSource):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_stream": (-1, iter(()))}
+
+    def tokenizers(self) -> dict[str, str]:
+        """Hash of the text tokenizer."""
+        return {self.names[0]: self.encoder}
 
     def stamp(self, shard: int, name: str) -> str:
         """File-name suffix: hash of the modality row, dot, hash of the source file."""
@@ -115,8 +119,11 @@ class TextSource(FileSource):
     def _rows(self, start: int) -> Iterator[Any]:
         """Rows from one on: lines of a file, or objects by field."""
         if self.local and self.suffix != ".parquet":
-            with fsspec.open(self.name, "rt", encoding="utf-8", compression="infer") as lines:
-                yield from itertools.islice((line.strip() for line in lines if line.strip()), start, None)
+            try:
+                with fsspec.open(self.name, "rt", encoding="utf-8", compression="infer") as lines:
+                    yield from itertools.islice((line.strip() for line in lines if line.strip()), start, None)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{self.name} is not text: {error}") from error
             return
         try:
             import datasets  # an extra: only those who read such data need it

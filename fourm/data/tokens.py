@@ -36,6 +36,7 @@ from braceexpand import braceexpand
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from fourm.checkpoint import read_json
 from fourm.data.loader import WINDOW, Order
 from fourm.data.shards import EXTENSIONS, Faults, aligned_keys, by_key, check_tokens, parse_name, tar_entries
 from fourm.data.transforms import Map, Picture, View
@@ -98,19 +99,21 @@ class Packed:
     """
 
     def __init__(self, path: Path):
-        with open(path, "rb") as stream:
-            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)  # copied only if somebody writes
-        size = 8 + int.from_bytes(self._map[:8], "little")
-        header = json.loads(self._map[8:size])
-
         def tensor(name: str) -> np.ndarray:
             entry = header[name]
             kind, shape, (begin, _) = entry["dtype"], entry["shape"], entry["data_offsets"]
             dtype = np.dtype(f"{kind[0].lower()}{int(kind[1:]) // 8}")
             return np.frombuffer(self._map, dtype, math.prod(shape), size + begin).reshape(shape)
 
-        self.values, notes, rows, starts = map(tensor, ("values", "notes", "rows", "starts"))
-        self.notes = notes.tobytes()
+        try:
+            with open(path, "rb") as stream:
+                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)  # copied only if somebody writes
+            size = 8 + int.from_bytes(self._map[:8], "little")
+            header = json.loads(self._map[8:size])
+            self.values, notes, rows, starts = map(tensor, ("values", "notes", "rows", "starts"))
+            self.notes = notes.tobytes()
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise ValueError(f"{path} is not a packed file: {error}; delete it, and it is made anew") from error
         self._rows, self._starts = rows.data, starts.data  # views of memory give integers quicker than arrays
 
     def __len__(self) -> int:
@@ -206,6 +209,13 @@ class FileSource:
             self.cache = beside / ".packed" / base(root)
         else:
             self.cache = user_cache(fs.unstrip_protocol(root))
+
+    def tokenizers(self) -> dict[str, str]:
+        """Hash of the tokenizer of each modality, as far as the card of the tokens names them."""
+        fs, root = self._open()
+        card = f"{root.rpartition('/')[0]}/card.json"
+        made = json.loads(fs.cat_file(card)).get("tokenizers", {}) if fs.exists(card) else {}
+        return {name: digest(str(made[name])) for name in self.names if name in made}
 
     def _open(self) -> tuple[Any, str]:
         """The file system, which must be opened anew in every process, and the path on it."""
@@ -329,7 +339,7 @@ class TokenDataset:
             kind.
         space: The modalities; ids are checked against their vocabularies, shapes against their grids.
         on_error: `raise` a ValueError that names shard, key and modality; or `skip`: log, count, leave the sample out.
-        max_bad: Share of the samples that may be left out; one may in any case.
+        max_bad: Share of the samples that may be left out, by all processes of a machine together; one may in any case.
 
     Attributes:
         sizes: Samples of each shard.
@@ -351,16 +361,18 @@ class TokenDataset:
         self.source = FileSource(str(source), space) if isinstance(source, str | Path) else source
         self.space, self.on_error, self.max_bad = space, on_error, max_bad
         self._opened: OrderedDict[int, Opened] = OrderedDict()
-        self._bad: dict[int, tuple[int, int]] = {}  # by shard: samples left out, and samples in all
+        self._found = 0  # samples in the shards that were opened, bad ones too
+        self._records: dict[str, dict[str, Any]] = {}  # of shards with faults
+        self._number = {name: number for number, name in enumerate(self.source.shards)}
         self._asked: set[int] = set()
         shards = range(len(self.source.shards))
         if len(shards) <= WINDOW:
             self._pack(shards, self.source.names, describe=self.source.name)
             self.sizes = [len(self._open(shard).keys) for shard in shards]
-            self._check_bad(sum(total for _, total in self._bad.values()))
         else:
             self.sizes = self.source.sizes or self._count()
         self._ends = list(accumulate(self.sizes))
+        self._check_bad(self._found or len(self))
         if not self._ends[-1]:
             raise ValueError(f"{self.source.name}: no good samples, skipped are {self.skipped}")
 
@@ -375,12 +387,29 @@ class TokenDataset:
     @property
     def skipped(self) -> dict[str, int]:
         """Faults by reason, whichever process of this machine met them."""
-        numbers, total = {name: number for number, name in enumerate(self.source.shards)}, Counter[str]()
-        for file in (self.source.cache / "dropped").glob("*.json"):
-            shard = numbers.get(file.name.rsplit(".", 2)[0])
-            if shard is not None and file.name == self._record(shard):
-                total.update(json.loads(file.read_text()))
-        return dict(total)
+        return dict(sum((Counter(record["faults"]) for record in self._left_out()), Counter[str]()))
+
+    def _left_out(self) -> list[dict[str, Any]]:
+        """Of each shard with faults how many samples are left out, as any process of this machine wrote it down."""
+        folder = self.source.cache / "left_out"
+        for name in {*os.listdir(folder)} - self._records.keys() if folder.is_dir() else ():
+            shard = self._number.get(name.rsplit(".", 2)[0])
+            ours = shard is not None and name == self._record(shard)
+            self._records[name] = read_json(folder / name) if ours else {"lost": 0, "faults": {}}
+        return list(self._records.values())
+
+    def fingerprints(self) -> dict[str, str]:
+        """What differs where the samples do: number, keys and first values of the shards, and the tokenizers.
+
+        Of more than `WINDOW` shards keys and values are those of the first.
+        """
+        source, parts = self.source, list[str]()
+        for shard in range(len(self.sizes) if len(self.sizes) <= WINDOW else 1):
+            opened = self._open(shard)
+            values = [packed.values.reshape(-1)[: 2**16].tobytes() for packed, _ in opened.columns.values()]
+            parts += [*opened.keys, *(hashlib.sha256(each).hexdigest() for each in values)]
+        data = digest(*source.names, *source.shards, *map(str, self.sizes), *parts)
+        return {"data": data} | {f"tokenizer of {name}": sha for name, sha in source.tokenizers().items()}
 
     def _record(self, shard: int) -> str:
         """Name of the file that holds the faults of a shard."""
@@ -407,7 +436,11 @@ class TokenDataset:
             new = [shard for shard in shards if shard not in self._asked]
             self._asked.update(new)
             if new:
-                threading.Thread(target=self._pack, args=(new, self.source.names), daemon=True).start()
+                threading.Thread(target=self._pack_ahead, args=(new,), daemon=True).start()
+
+    def _pack_ahead(self, shards: Sequence[int]) -> None:
+        with contextlib.suppress(ValueError):  # whoever opens the shard will raise it
+            self._pack(shards, self.source.names)
 
     def _pack(
         self, shards: Sequence[int], names: Sequence[str], wait: bool = False, describe: str | None = None
@@ -477,22 +510,21 @@ class TokenDataset:
             name: (each, None if notes[name]["keys"] == keys else [places[name][key] for key in keys])
             for name, each in packed.items()
         }
-        self._opened[shard], self._bad[shard] = Opened(keys, columns), (total - len(keys), total)
+        self._opened[shard], self._found = Opened(keys, columns), self._found + total
         if len(self._opened) > 2 * WINDOW:
             self._opened.popitem(last=False)
-        if faults.skipped:
-            record = source.cache / "dropped" / self._record(shard)
+        if faults.skipped and not (record := source.cache / "left_out" / self._record(shard)).exists():
             record.parent.mkdir(exist_ok=True)
             aside = record.with_name(f".{record.name}.{os.getpid()}")
-            aside.write_text(json.dumps(faults.skipped))
+            aside.write_text(json.dumps({"lost": total - len(keys), "faults": faults.skipped}))
             aside.replace(record)
-        if len(source.shards) > WINDOW:
-            self._check_bad(len(self))
+            if len(source.shards) > WINDOW:
+                self._check_bad(len(self))
         return self._opened[shard]
 
     def _check_bad(self, samples: int) -> None:
-        lost = sum(lost for lost, _ in self._bad.values())
-        if lost > max(1, self.max_bad * samples):
+        lost = sum(record["lost"] for record in self._left_out())
+        if self.on_error == "skip" and lost > max(1, self.max_bad * samples):
             raise ValueError(
                 f"{self.source.name}: {lost} of {samples} samples are bad ({self.skipped}), max_bad {self.max_bad} "
                 f"allows {int(max(1, self.max_bad * samples))}"
@@ -510,8 +542,11 @@ class TokenDataset:
         crop = draw[0] + i if isinstance(draw, tuple) else 0
         shard = bisect_right(self._ends, i)
         place = i - self._ends[shard] + self.sizes[shard]
-        while not (opened := self._open(shard)).keys:
-            shard = (shard + 1) % len(self.sizes)
+        for other in range(shard, shard + len(self.sizes)):
+            if (opened := self._open(other % len(self.sizes))).keys:
+                break
+        else:
+            raise ValueError(f"{self.source.name}: no good samples, skipped are {self.skipped}")
         place %= len(opened.keys)
         sample: dict[str, Any] = {"__key__": opened.keys[place]}
         for name, (packed, places) in opened.columns.items():

@@ -83,17 +83,26 @@ def evaluate_tokenizer(
     values = [sample[modality] for sample in samples]
     if isinstance(tokenizer, TextTokenizer):
         return _text_figures(tokenizer, values)
-    truth, where = tokenizer.targets(values), None
-    if tokenizer.config.input.mask_value is not None:
-        where = np.isfinite(truth.reshape(*truth.shape[:3], -1)).all(-1)
-        if mask:
-            masks = [np.float32(np.asarray(sample[mask]) > 0) for sample in samples]
-            where &= resize_raw(masks, where.shape[1:], InputConfig()) > 1 - 1e-6
+    truth, where = truths(tokenizer, samples, modality, mask)
     decoded, ids = reconstruct(tokenizer, truth, valid=where)
     figures = score(tokenizer, decoded, truth, where)
     return _used(tokenizer, ids, tokenizer.quantizer.config.codebooks) | {
         key(name, "", unit(tokenizer)): value for name, value in figures.items()
     }
+
+
+def truths(
+    tokenizer: ImageTokenizer, samples: Sequence[Any], modality: str, mask: str = ""
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What reconstructions of samples are compared with (B, H, W, ...), and where (B, H, W); None for everywhere."""
+    truth = tokenizer.targets([sample[modality] for sample in samples])
+    if tokenizer.config.input.mask_value is None:
+        return truth, None
+    where = np.isfinite(truth.reshape(*truth.shape[:3], -1)).all(-1)
+    if mask:
+        masks = [np.float32(np.asarray(sample[mask]) > 0) for sample in samples]
+        where &= resize_raw(masks, where.shape[1:], InputConfig()) > 1 - 1e-6
+    return truth, where
 
 
 def _used(tokenizer: Any, ids: np.ndarray, books: int = 1) -> dict[str, float]:

@@ -154,6 +154,27 @@ def picture(tokenizer: Any, raw: Any, size: int = 256, scale: Any = None, backgr
     return PICTURES[kind](raw, Drawing(tokenizer, size, scale, background))
 
 
+def common_scale(tokenizer: Any, values: Any) -> Any:
+    """The `scale` with which `picture` colours values (B, ...) of a field, or maps of features, alike; else None."""
+    kind = getattr(getattr(getattr(tokenizer, "config", None), "input", None), "kind", "")
+    if kind == "field":
+        return float(np.nanmin(values)), float(np.nanmax(values))
+    return principal_axes(np.asarray(values)) if kind == "features" and np.ndim(values[0]) == 3 else None
+
+
+def sheet(titles: Sequence[str], rows: Sequence[Sequence[Image.Image]], across: int = 9) -> Image.Image:
+    """Pictures in rows under their titles; columns beyond `across` go on below."""
+    width, height = (max(image.size[side] for row in rows for image in row) + 8 for side in (0, 1))
+    lines = -(-len(titles) // across) * len(rows)
+    page = Image.new("RGB", (min(across, len(titles)) * width, lines * (height + 20)), "white")
+    for number, row in enumerate(rows):
+        for column, (title, image) in enumerate(zip(titles, row, strict=True)):
+            x, y = column % across * width, (column // across * len(rows) + number) * (height + 20)
+            ImageDraw.Draw(page).text((x, y + 4), title, fill="black")
+            page.paste(image, (x, y + 20))
+    return page
+
+
 def _image(raw: Any, how: Drawing) -> Image.Image:
     whole = how.size % len(raw) == 0
     return how.fit(np.asarray(raw), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)

@@ -41,18 +41,23 @@ def keep_within(
     Returns:
         (R, T) bool, tokens that stay visible.
     """
-    kept = np.zeros_like(valid)
+    kept, width = np.zeros_like(valid), valid.shape[1]
     open_rows = np.flatnonzero((budget > 0) & valid.any(axis=1))
-    keep, attempt = keep.copy(), 0
+    keep, attempt, tries = keep.copy(), 0, 1
     while len(open_rows):
-        draws = uniform(keys[open_rows] + np.uint64(attempt << 32), valid.shape[1])
-        draws = np.take_along_axis(draws, unit[open_rows], axis=1)
-        tried = (draws < keep[open_rows, None]) & valid[open_rows]
-        fits = input_lengths(tried, valid[open_rows]) <= budget[open_rows]
-        kept[open_rows[fits]] = tried[fits]
-        open_rows = open_rows[~fits]
-        keep[open_rows] *= 0.9
-        attempt += 1
+        chance = np.full((len(open_rows), tries), 0.9)
+        chance[:, 0] = keep[open_rows]
+        chance = np.multiply.accumulate(chance, axis=1)
+        seeds = keys[open_rows, None] + (np.arange(attempt, attempt + tries, dtype=np.uint64) << np.uint64(32))
+        draws = np.take_along_axis(uniform(seeds, width), unit[open_rows, None], axis=2)
+        room = valid[open_rows, None]
+        tried = (draws < chance[..., None]) & room
+        needed = input_lengths(tried.reshape(-1, width), np.broadcast_to(room, tried.shape).reshape(-1, width))
+        fits = needed.reshape(-1, tries) <= budget[open_rows, None]
+        done = fits.any(axis=1)
+        kept[open_rows[done]] = tried[done, fits[done].argmax(axis=1)]
+        keep[open_rows] = chance[:, -1] * 0.9
+        open_rows, attempt, tries = open_rows[~done], attempt + tries, 8  # few need more than one, but some need many
     return kept
 
 

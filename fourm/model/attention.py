@@ -191,7 +191,8 @@ def attend(blocks: Blocks, *packed: Tensor) -> Tensor:
     """
     backend = {"sdpa": _sdpa, "flex": _flex_attention, "xformers": _xformers}[blocks.backend]
     if not (sum(blocks.queries) and sum(blocks.keys)):
-        return _split(packed)[0].flatten(1) * 0
+        nothing = 0.0 * sum(tensor.sum() for tensor in packed)  # every weight gets its gradient, if one of zeros
+        return _split(packed)[0].flatten(1) * 0 + nothing
     return backend(blocks, *packed).flatten(1)
 
 

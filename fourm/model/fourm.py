@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 
-from fourm.checkpoint import read_official, resolve
+from fourm.checkpoint import read_json, read_tensors, resolve
 from fourm.masking.batch import MaskedBatch
 from fourm.modalities import TokenSpace
 from fourm.model import official
@@ -39,6 +39,7 @@ from fourm.model.config import FourMConfig
 from fourm.model.embeddings import Embeddings
 from fourm.model.head import Segment, linear_cross_entropy, two_uses
 from fourm.model.layers import DecoderBlock, DecoderState, EncoderBlock, LayerNorm
+from fourm.official_files import read_official
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,9 @@ class FourM(nn.Module):
         hidden = self.decode(batch, self.encode(batch), table)
         names, sizes, states, ids, _ = self.sorted_targets(batch, hidden)
         if not names:
-            return {"loss": 0.0 * self.mask_token.sum()}  # keeps the graph where nothing is asked
+            nothing = hidden.sum() + head.sum()  # processes whose batches ask wait for the gradients of all weights
+            trained = next((p for p in self.parameters() if p.requires_grad), self.mask_token)
+            return {"loss": 0.0 * (nothing if nothing.requires_grad else trained.sum())}
         denominators = counts[[self.space.number[name] for name in names]]
         if kind == "mod":
             weights = 1 / (denominators * len(self.space.outputs()))
@@ -349,7 +352,7 @@ class FourM(nn.Module):
             return cls.from_official(*read_official(found))
         with WithoutInit():
             model = cls(FourMConfig(**card["model"]), TokenSpace.from_dict(card["modalities"]))
-        model.load_unique_state_dict(load_file(found / "model.safetensors"))
+        model.load_unique_state_dict(read_tensors(found / "model.safetensors"))
         return model.eval()
 
     @classmethod
@@ -394,7 +397,7 @@ class WithoutInit(TorchFunctionMode):
 def own_card(folder: Path) -> dict[str, Any]:
     """What `FourM.config_json` wrote into a folder; nothing if it holds no model of ours."""
     file = folder / "config.json"
-    card = json.loads(file.read_text()) if file.is_file() else {}
+    card = read_json(file) if file.is_file() else {}
     return card if "modalities" in card else {}
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from fourm.checkpoint import read_official, resolve
+from fourm.checkpoint import resolve
 from fourm.modalities import Modality, TokenSpace
 from fourm.model import official
 from fourm.model.attention import Blocks
@@ -19,6 +19,7 @@ from fourm.model.config import FourMConfig
 from fourm.model.embeddings import Embeddings
 from fourm.model.fourm import FourM, WithoutInit, own_card
 from fourm.model.layers import EncoderBlock, LayerNorm
+from fourm.official_files import read_official
 
 Picture = Image.Image | np.ndarray
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last axis, in float32 under autocast."""
-        return F.layer_norm(x, (self.dim,), self.weight, self.bias, eps=1e-6)
+        return F.layer_norm(x, (self.dim,), self.weight.float(), self.bias.float(), eps=1e-6)
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
@@ -48,6 +49,19 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+remakes: ContextVar[bool] = ContextVar("remakes", default=True)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Inside, `remade` remakes nothing: for blocks that are computed again as a whole, whose hooks it would shadow."""
+    token = remakes.set(False)
+    try:
+        yield
+    finally:
+        remakes.reset(token)
+
+
 @contextmanager
 def remade(*cheap: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
     """What is computed inside does not keep these tensors for the backward pass.
@@ -55,7 +69,7 @@ def remade(*cheap: tuple[Tensor, Callable[[], Tensor]]) -> Iterator[None]:
     Args:
         cheap: Tensors, and how each is made again, of what is kept in any case.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and remakes.get()):
         yield
         return
     makers = {tensor.untyped_storage().data_ptr(): make for tensor, make in cheap}

@@ -1,15 +1,21 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) of the attention and MLP layers of a `FourM`.
+"""Low-rank adapters (LoRA, Hu et al. 2021) of the attention and MLP layers of a `FourM`, and peft's files for them.
 
-A packed projection (query-key-value, key-value) gets the rank once for each matrix in it, as in 4M.
+A packed projection (query-key-value, key-value) gets the rank once for each matrix in it, as in 4M. To peft that is an
+ordinary adapter of three or two times the rank.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fourm.checkpoint import read_json, read_tensors
 from fourm.model.layers import CrossAttention, Mlp, SelfAttention
 
 # Which blocks' linear layers are adapted.
@@ -21,6 +27,9 @@ TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
     "all": (SelfAttention, CrossAttention, Mlp),
 }
 PACKED = {"qkv": 3, "kv": 2}
+# peft's files, the start of its names, and values of its config that stand for a plain adapter.
+CARD, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "modules_to_save": None}
 
 
 class LoRALinear(nn.Module):
@@ -59,7 +68,7 @@ def inject_lora(
     """
     if targets not in TARGETS or rank < 1:
         raise ValueError(f"targets {targets!r} with rank {rank}: allowed are {', '.join(TARGETS)}, and ranks from 1")
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
+    if adapters(model):
         raise ValueError("the model has adapters already; fuse them first")
     owners = [module for module in model.modules() if isinstance(module, TARGETS[targets])]
     if not owners:
@@ -70,22 +79,92 @@ def inject_lora(
                 setattr(owner, name, LoRALinear(layer, rank * PACKED.get(name, 1), scale))
 
 
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
 def fuse_lora(model: nn.Module) -> None:
     """Takes all adapters up into the layers they adapt; the model is an ordinary one again, and can be saved as one."""
-    for owner in list(model.modules()):
-        for name, layer in list(owner.named_children()):
-            if isinstance(layer, LoRALinear):
-                setattr(owner, name, layer.fused())
+    for name, adapter in adapters(model).items():
+        model.set_submodule(name, adapter.fused())
 
 
-def train_lora_only(model: nn.Module) -> list[nn.Parameter]:
-    """Freezes all parameters but those of the adapters, and returns the latter."""
-    model.requires_grad_(False)
-    thin = []
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            thin += [
-                *module.lora_down.requires_grad_(True).parameters(),
-                *module.lora_up.requires_grad_(True).parameters(),
-            ]
-    return thin
+def save_adapter(model: nn.Module, folder: str | Path, base: str) -> None:
+    """Writes the adapters as `peft.PeftModel.from_pretrained(FourM.from_pretrained(base), folder)` reads them.
+
+    Args:
+        model: With adapters. What else was trained is not written.
+        folder: Where to.
+        base: Folder or hub id of the model that they adapt.
+    """
+    folder, found = Path(folder), adapters(model)
+    ranks = {name: adapter.lora_down.out_features for name, adapter in found.items()}
+    first = next(iter(found))
+    card = PLAIN | {
+        "base_model_name_or_path": base,
+        "r": ranks[first],
+        "lora_alpha": ranks[first] * found[first].scale,
+        "rank_pattern": {re.escape(name): rank for name, rank in ranks.items()},
+        "alpha_pattern": {re.escape(name): rank * found[name].scale for name, rank in ranks.items()},
+        "target_modules": list(found),
+        "task_type": None,
+    }
+    tensors = {}
+    for name, adapter in found.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = adapter.lora_down.weight.detach().cpu()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = adapter.lora_up.weight.detach().cpu()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Adapts a model with what peft or `save_adapter` wrote.
+
+    Raises:
+        ValueError: Not a plain LoRA of peft, or one of another model.
+    """
+    path, card = Path(folder), _card(folder)
+    other = {key: card[key] for key, plain in PLAIN.items() if (card.get(key) or None) != (plain or None)}
+    if other:
+        raise ValueError(f"{path / CARD} has {other}, supported are { {key: PLAIN[key] for key in other} }")
+    if adapters(model):
+        raise ValueError("the model has adapters already; fuse them first")
+    tensors, layers = read_tensors(path / TENSORS), dict(model.named_modules())
+    names = [
+        name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")
+    ]
+    pairs = {name: [tensors.pop(f"{PREFIX}{name}.lora_{each}.weight", None) for each in "AB"] for name in names}
+    for name, (down, up) in pairs.items():
+        layer = layers.get(name)
+        if (
+            down is None
+            or up is None
+            or not isinstance(layer, nn.Linear)
+            or layer.weight.shape != (len(up), down.shape[1])
+        ):
+            raise ValueError(f"{path} has an adapter of {name}, which the model has not, or in another shape")
+        alphas = (a for key, a in card.get("alpha_pattern", {}).items() if re.match(rf"(.*\.)?({key})$", name))
+        scale = next(alphas, card["lora_alpha"]) / len(down) ** (0.5 if card.get("use_rslora") else 1)
+        adapter = LoRALinear(layer, len(down), scale)
+        adapter.lora_down.weight.data.copy_(down)
+        adapter.lora_up.weight.data.copy_(up)
+        model.set_submodule(name, adapter)
+    if tensors or not pairs:
+        raise ValueError(f"{path} is not a plain LoRA; it has {', '.join(tensors) or 'no tensors'}")
+
+
+def base_of(folder: str | Path) -> str:
+    """Which model the adapters in a folder are for."""
+    base = _card(folder).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{Path(folder) / CARD} does not say which model it is for (`base_model_name_or_path`)")
+    return base
+
+
+def _card(folder: str | Path) -> dict[str, Any]:
+    card = read_json(Path(folder) / CARD)
+    if not isinstance(card, dict):
+        raise ValueError(f"{Path(folder) / CARD} is not a config of peft")
+    return card

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from fourm.checkpoint import resolve
+from fourm.checkpoint import read_json, resolve
 from fourm.encoders import LOADERS
 from fourm.tokenization.autoencoder import ImageTokenizer
 from fourm.tokenization.official import load_official
@@ -36,7 +35,7 @@ def load_tokenizer(path_or_id: str | Path, domain: str | None = None) -> AnyToke
     """
     path = resolve(path_or_id)
     config = path / "config.json"
-    content = json.loads(config.read_text()) if config.is_file() else {}
+    content = read_json(config) if config.is_file() else {}
     weights = [*path.glob("*.safetensors"), *path.glob("*.pth")]
     pieces = list(path.glob("*tokenizer*.json"))
     if len(pieces) == 1 and not content and not weights:

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fourm.checkpoint import unshared
+from fourm.checkpoint import read_json, read_tensors, unshared
 from fourm.data.transforms import TRANSFORMS, View
 from fourm.encoders import Encoder as FrozenEncoder
 from fourm.encoders import load_encoder
@@ -347,8 +347,8 @@ class ImageTokenizer(nn.Module):
     @classmethod
     def from_folder(cls, folder: str | Path) -> ImageTokenizer:
         """Rebuilds a saved tokenizer, in eval mode."""
-        config = json.loads((Path(folder) / "config.json").read_text())
+        config = read_json(Path(folder) / "config.json")
         config.pop("type", None)
         tokenizer = cls(TokenizerConfig.from_dict(config))
-        tokenizer.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        tokenizer.load_state_dict(read_tensors(Path(folder) / "model.safetensors"))
         return tokenizer.eval()

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from fourm.encoders import tensors_only
+
 
 def cosine(prediction: Tensor, target: Tensor) -> Tensor:
     """One minus the cosine of the angle between the vectors along C: (B, C, H, W), (B, C, H, W) -> (B, H, W)."""
@@ -90,10 +92,12 @@ class Perceptual(nn.Module):
                 import lpips
             except ImportError as error:
                 raise ValueError(f"{config.model} needs the package lpips: pip install fourm[perceptual]") from error
-            self.network = lpips.LPIPS(net=name, pnet_rand=not pretrained, verbose=False)
+            with tensors_only():
+                self.network = lpips.LPIPS(net=name, pnet_rand=not pretrained, verbose=False)
         else:
             options: dict[str, Any] = {"features_only": True, "out_indices": config.layers}
-            self.network = timm.create_model(name, pretrained=pretrained, **options)
+            with tensors_only():
+                self.network = timm.create_model(name, pretrained=pretrained, **options)
             data = resolve_model_data_config(self.network)
             self.size = data["input_size"][1:]
             for key in ("mean", "std"):

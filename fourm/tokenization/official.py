@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from fourm.checkpoint import read_official
+from fourm.official_files import read_official
 from fourm.tokenization.autoencoder import ImageTokenizer, TokenizerConfig
 from fourm.tokenization.backbones import BackboneConfig
 from fourm.tokenization.diffusion import SCHEDULERS, DiffusionConfig

@@ -22,6 +22,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
+from fourm.checkpoint import read_json
 from fourm.data.transforms import TRANSFORMS, Crop, View
 from fourm.tokenization.structured import CODECS, CodecConfig
 
@@ -135,7 +136,7 @@ class TextTokenizer:
     @classmethod
     def from_folder(cls, folder: str | Path) -> TextTokenizer:
         """Loads a saved tokenizer."""
-        config = json.loads((Path(folder) / "config.json").read_text())
+        config = read_json(Path(folder) / "config.json")
         config.pop("type", None)
         config["fields"] = {name: tuple(bounds) for name, bounds in config.get("fields", {}).items()}
         return cls.from_file(Path(folder) / "tokenizer.json", CodecConfig(**config))

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fourm.model.embeddings import Embeddings
 from fourm.runtime import has_bf16
 
-SCHEDULES = ("cosine", "wsd")
+SCHEDULES = ("constant", "cosine", "inverse_sqrt", "wsd")
+RESTING = ("trunk", "embeddings", "old")
+TRUNK = ("encoder.", "encoder_norm.", "decoder.", "decoder_norm.")  # 4M's "shared parameters": blocks and norms
 
 
 @dataclass
 class OptimConfig:
     """How a model is updated.
 
-    `warmup` and `decay` are in the unit of the run's length (steps, or tokens); below 1 they are shares of it.
+    `warmup`, `decay` and `timescale` are in the unit of the run's length (steps, or tokens); below 1 they are shares of
+    it.
 
     Args:
         name: `adamw`, or `muon` for the matrices of the trunk with AdamW for the rest.
@@ -30,9 +35,11 @@ class OptimConfig:
         eps: AdamW's guard against division by zero.
         momentum: Muon's.
         weight_decay: Decoupled decay of matrices (not of norms, biases, embeddings and single tokens).
-        schedule: `cosine` falls all the way, `wsd` (warm-up, stable, decay) stays up until `decay` before the end.
+        schedule: After the warm-up `cosine` falls all the way, `constant` stays, `wsd` (warm-up, stable, decay) stays
+            until `decay` before the end, and `inverse_sqrt` falls by 1 / sqrt(1 + t / timescale) until then.
         warmup: Linear rise from 0.
-        decay: Linear fall of `wsd`.
+        decay: Linear fall of `wsd` and `inverse_sqrt` in the end (4M's cool-down).
+        timescale: Of `inverse_sqrt`, 4M's `inverse_sqrt-10000`; 0: as long as the warm-up (Vaswani et al. 2017).
         min_lr: Learning rate at the end.
         clip: Largest gradient norm; 0 for none.
         lazy_tables: Rows of tables that are only looked up rest while they do not occur (`SparseAdam`), instead of
@@ -46,9 +53,10 @@ class OptimConfig:
     eps: float = 1e-8
     momentum: float = 0.95
     weight_decay: float = 0.05
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    schedule: Literal["constant", "cosine", "inverse_sqrt", "wsd"] = "cosine"
     warmup: float = 0.05
     decay: float = 0.2
+    timescale: float = 0.0
     min_lr: float = 0.0
     clip: float = 1.0
     lazy_tables: bool = False
@@ -62,17 +70,98 @@ def learning_rate(config: OptimConfig, progress: float, length: float) -> float:
     """
     if config.schedule not in SCHEDULES:
         raise ValueError(f"schedule is {config.schedule!r}, allowed are {', '.join(SCHEDULES)}")
-    warmup = config.warmup * length if config.warmup < 1 else config.warmup
-    decay = length - warmup
-    if config.schedule == "wsd":
-        decay = config.decay * length if config.decay < 1 else config.decay
-    if warmup + decay > length or decay < 0:
+    warmup, decay, scale = (in_run(value, length) for value in (config.warmup, config.decay, config.timescale))
+    decay = decay if config.schedule in ("wsd", "inverse_sqrt") else 0.0
+    if warmup + decay > length:
         raise ValueError(f"warmup {warmup:g} and decay {decay:g} do not fit into a run of {length:g}")
     if progress < warmup:
         return config.lr * progress / warmup
-    left = min(1.0, (length - progress) / decay) if decay else 1.0
-    fall = left if config.schedule == "wsd" else (1 - math.cos(math.pi * left)) / 2
-    return config.min_lr + (config.lr - config.min_lr) * max(0.0, fall)
+    if config.schedule == "cosine":
+        share = min(1.0, (progress - warmup) / (length - warmup)) if length > warmup else 0.0
+        return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
+    high = config.lr
+    if config.schedule == "inverse_sqrt":
+        if not (scale or warmup):
+            raise ValueError("schedule is 'inverse_sqrt' with neither warmup nor timescale; give one of them")
+        high /= math.sqrt(1 + (min(progress, length - decay) - warmup) / (scale or warmup))
+    left = min(1.0, max(0.0, (length - progress) / decay)) if decay else 1.0
+    return config.min_lr + (high - config.min_lr) * left
+
+
+def in_run(value: float, length: float) -> float:
+    """A duration in the unit of a run's length, which may be given as a share of it."""
+    return value * length if value < 1 else value
+
+
+@dataclass
+class Freeze:
+    """Weights that rest.
+
+    Args:
+        what: `trunk` (blocks and norms), `embeddings` (all else), or `old`: whatever the model took over from `init`,
+            in a table row by row.
+        until: When they start to move, in the unit of the run's length (steps, or tokens), below 1 as a share of it;
+            default: never.
+    """
+
+    what: Literal["trunk", "embeddings", "old"]
+    until: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.what not in RESTING or (self.until is not None and self.until <= 0):
+            raise ValueError(f"freeze: what is {self.what!r}, allowed are {', '.join(RESTING)}; until is {self.until}, "
+                             "expected a number above 0")  # fmt: skip
+
+
+class Rest:
+    """Takes the gradients of weights that rest, so that no optimiser touches them.
+
+    What never moves needs no gradient at all from here on, and no state of an optimiser.
+
+    Args:
+        model: A `FourM`.
+        phases: What rests until when.
+        kept: Rows of its parameters that `old` means; those of a plan of `warm_start`.
+    """
+
+    def __init__(self, model: nn.Module, phases: Iterable[Freeze], kept: Mapping[str, Sequence[Sequence[int]]]):
+        self.model = model
+        self.phases: list[tuple[float | None, dict[str, Tensor]]] = []
+        for phase in phases:
+            moving: dict[str, Tensor] = {}  # of every parameter the rows that move
+            for name, parameter in model.named_parameters():
+                moves = torch.ones(len(parameter), dtype=torch.bool)
+                for first, end in kept.get(name, ()):
+                    moves[first:end] &= phase.what != "old"
+                if phase.what != "old" and name.startswith(TRUNK) == (phase.what == "trunk"):
+                    moves[:] = False
+                if not moves.all():
+                    moving[name] = moves
+                if phase.until is None and not moves.any():
+                    parameter.requires_grad_(False)
+            self.phases.append((phase.until, moving))
+
+    def __call__(self, progress: float, length: float) -> None:
+        """Between an update's gradients and their use, `progress` being what came before the update."""
+        parameters = dict(self.model.named_parameters())
+        for until, moving in self.phases:
+            if until is not None and progress >= in_run(until, length):
+                continue
+            for name, moves in moving.items():
+                parameter = parameters.get(name)  # adapters may have taken its place
+                if parameter is None or parameter.grad is None:
+                    continue
+                if not moves.any():
+                    parameter.grad = None
+                elif parameter.grad.is_sparse:
+                    grad = parameter.grad = parameter.grad.coalesce()
+                    grad.values().mul_(moves.to(grad.device)[grad.indices()[0], None])
+                else:
+                    moves = moves.to(parameter.device).view(-1, *[1] * (parameter.ndim - 1))
+                    if isinstance(parameter.grad, DTensor):
+                        grad = parameter.grad
+                        moves = distribute_tensor(moves, grad.device_mesh, grad.placements, src_data_rank=None)
+                    parameter.grad.mul_(moves)
 
 
 def parameter_groups(model: nn.Module, muon: bool = False, lazy_tables: bool = False) -> dict[str, list[nn.Parameter]]:
@@ -80,14 +169,15 @@ def parameter_groups(model: nn.Module, muon: bool = False, lazy_tables: bool = F
 
     Returns:
         `muon` (if asked: matrices of linear layers inside numbered blocks, such as `encoder.3.attn.qkv`), `decay`
-        (other weights of linear and convolution layers), `rows` (if lazy: tables that are only looked up) and
-        `no_decay` (norms, biases, other embeddings, single tokens).
+        (other weights of linear and convolution layers, no heads), `rows` (if lazy: tables that are only looked up)
+        and `no_decay` (norms, biases, other embeddings, single tokens).
     """
     groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "rows": [], "no_decay": []}
     chosen: dict[nn.Parameter, str] = {}
     looked_up = {id(side.tokens) for side in model.modules() if isinstance(side, Embeddings) and not side.shares_head}
     for path, module in model.named_modules():
-        weighted = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        # A head is a table as one that is tied: its rows may rest, which decay would not let them.
+        weighted = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and path != "to_logits"
         in_block = isinstance(module, nn.Linear) and any(part.isdigit() for part in path.split("."))
         for name, parameter in module.named_parameters(recurse=False):
             group = "no_decay"
@@ -199,7 +289,12 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
             if parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.coalesce()
             gradients.append(parameter.grad.values() if parameter.grad.is_sparse else parameter.grad)
+    sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
+    gradients = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if sharded:
+        dist.all_reduce(norm.square_())
+        norm.sqrt_()
     if limit and norm > limit:
         torch._foreach_mul_(gradients, limit / norm)
     return norm
@@ -240,12 +335,16 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, buffers, group["momentum"])
-        wide = [d if d.shape == shape else d.mT for d in directions]
+        whole = [d.full_tensor() if isinstance(d, DTensor) else d for d in directions]
+        wide = [d if d.shape == shape else d.mT for d in whole]
         updates = orthogonalise(torch.stack(wide)).to(parameters[0].dtype)
         rate = group["lr"] * 0.2 * math.sqrt(shape[1])
         for parameter, update in zip(parameters, updates, strict=True):
+            update = update if parameter.shape == shape else update.mT
+            if isinstance(parameter, DTensor):  # this process's rows
+                update = distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update if parameter.shape == shape else update.mT, alpha=-rate)
+            parameter.add_(update, alpha=-rate)
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:

@@ -28,30 +28,12 @@ from fourm.masking.budgets import MaskingConfig, Mixture
 from fourm.modalities import TokenSpace
 from fourm.model.config import FourMConfig
 from fourm.model.fourm import FourM
+from fourm.runtime import GPUS
 from fourm.training.optim import OptimConfig, learning_rate, parameter_groups
 from fourm.training.trainer import TrainConfig
 
 GIB = 2**30
 SPARE = 0.1  # share of a GPU's memory
-
-
-class GPU(NamedTuple):
-    """Dense bfloat16 products in TFLOP/s, and memory in GiB, as their makers give them."""
-
-    tflops: float
-    gib: float
-
-
-GPUS = {
-    "A100-40G": GPU(312, 40),
-    "A100": GPU(312, 80),
-    "H100": GPU(989, 80),
-    "H200": GPU(989, 141),
-    "B200": GPU(2250, 180),
-    "L40S": GPU(362, 48),
-    "MI300X": GPU(1307, 192),
-    "RTX4090": GPU(165, 24),
-}
 
 
 @dataclass(frozen=True)
@@ -173,6 +155,12 @@ def training_flops(model: FourM, load: Load) -> float:
     return 3 * sum(forward.values()) - forward["inputs"]
 
 
+def flops_per_token(model: FourM, masking: MaskingConfig) -> float:
+    """FLOPs of training on one given or asked token, on average."""
+    load = expected_load(model.space, masking, model.config.registers)
+    return training_flops(model, load) / (sum(load.tokens) - model.config.registers)
+
+
 class Kept(NamedTuple):
     """A term of what autograd keeps.
 
@@ -273,13 +261,19 @@ class Memory(NamedTuple):
 
 
 def memory(
-    parameters: Parameters, kept: float, gpus: int, sharded: bool, mixed: bool = True, ema: bool = False
+    parameters: Parameters,
+    kept: float,
+    gpus: int,
+    sharded: bool,
+    mixed: bool = True,
+    ema: bool = False,
+    accumulates: bool = False,
 ) -> Memory:
     """Memory of one GPU.
 
     With DDP all of the state is on every GPU, and the gradients a second time, in the buckets they are sent in. With
-    FSDP2 a GPU keeps its share, and gathers what is outside of blocks and two blocks (one ahead) in the precision of
-    products; gradients leave in float32.
+    FSDP2 a GPU keeps its share, and gathers what is outside of blocks, in float32, and two blocks (one ahead) in the
+    precision of products; gradients leave in float32, those of several batches together.
 
     Args:
         parameters: Of the model.
@@ -288,12 +282,13 @@ def memory(
         sharded: FSDP2 instead of DDP.
         mixed: Matrices are multiplied in bfloat16.
         ema: There is a moving average of the weights.
+        accumulates: An update is made of several batches.
     """
     state = 4 / gpus if sharded else 4.0  # bytes of a number, here
     copies, sent = 2.0 * mixed * parameters.multiplied, 4.0 * parameters.gradients * (gpus > 1)
     if sharded:
-        copies = (2 if mixed else 4) * (parameters.outside + 2.0 * parameters.block)
-        sent = 4.0 * max(parameters.outside, parameters.block)
+        copies = 4 * parameters.outside + (2 if mixed else 4) * 2.0 * parameters.block
+        sent = 4.0 * (parameters.gradients if accumulates else max(parameters.outside, parameters.block))
     weights, gradients = state * parameters.total * (1 + ema), state * parameters.gradients + sent
     return Memory(weights, gradients, state * parameters.optimiser, copies, kept)
 
@@ -347,10 +342,14 @@ def plan(train: TrainConfig, shape: FourMConfig, space: TokenSpace, masking: Mas
     for sharded, checkpoint in itertools.product((False, True)[: cluster.gpus], (False, True)):
         name = ("FSDP2" if sharded else "DDP" if cluster.gpus > 1 else "alone") + ", checkpointed" * checkpoint
         kept = activations(shape, space, load, 2 if mixed else 4, checkpoint)
-        memories[name] = memory(parameters, samples * kept, cluster.gpus, sharded, mixed, train.ema > 0)
         own = samples * train.accumulate
-        most = ((1 - SPARE) * gpu.gib * GIB - sum(memories[name][:-1])) / kept  # samples at once
-        fitting[name] = next((cut for cut in range(1, own + 1) if own % cut == 0 and own // cut <= most), 0)
+
+        def needed(cut: int, kept: float = kept, sharded: bool = sharded, own: int = own) -> Memory:
+            return memory(parameters, own / cut * kept, cluster.gpus, sharded, mixed, train.ema > 0, cut > 1)
+
+        cuts = (cut for cut in range(1, own + 1) if own % cut == 0)
+        memories[name] = needed(train.accumulate)
+        fitting[name] = next((cut for cut in cuts if sum(needed(cut)) <= (1 - SPARE) * gpu.gib * GIB), 0)
     total = updates * train.batch_size / rate
     return Plan(load, parameters, updates, flops, (total * flops, total * (flops + again)), memories, fitting)
 
@@ -408,5 +407,8 @@ def describe(
         cut = made.accumulate[name]
         fits = f"fits with accumulate {cut}" if cut else "does not fit"
         text.append(f"{name:<20}" + "".join(f"{each / GIB:13.2f}" for each in (*needed, sum(needed))) + f"  {fits}")
-    text.append("The trainer runs DDP without checkpointing so far; the other rows are on paper.")
+    text.append(
+        "`accelerate launch --config_file configs/accelerate/8gpu-ddp.yaml` is DDP, `nodes-fsdp2.yaml` FSDP2; "
+        "checkpointed: `checkpointing: true`."
+    )
     return "\n".join(text)

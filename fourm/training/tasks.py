@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fourm.masking.batch import MaskedBatch
 
-# Measures a model at a step. Every process calls it, all with the same weights.
-Evaluator = Callable[[nn.Module, int], Mapping[str, float]]
+# Measures a model at a step: figures (float) and pictures (PIL). Every process calls it, all with the same weights.
+Evaluator = Callable[[nn.Module, int], Mapping[str, Any]]
 
 
 class Task(Protocol):

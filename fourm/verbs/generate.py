@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 from fourm.data.shards import EXTENSIONS, extension_of
 from fourm.data.transforms import Picture, View, centre_crop
-from fourm.generation.decode import decode, picture
+from fourm.generation.decode import decode, picture, sheet
 from fourm.generation.plan import Target, chain
 from fourm.generation.sampler import Given, Sampler, from_samples
 from fourm.modalities import Modality, TokenSpace
@@ -112,16 +111,3 @@ def read(value: str) -> Any:
     if not path.is_file():
         raise ValueError(f"there is no file {value}")
     return EXTENSIONS[extension].decode(path.read_bytes())
-
-
-def sheet(titles: Sequence[str], rows: Sequence[Sequence[Image.Image]], across: int = 9) -> Image.Image:
-    """Pictures in rows under their titles; columns beyond `across` go on below."""
-    width, height = (max(image.size[side] for row in rows for image in row) + 8 for side in (0, 1))
-    lines = -(-len(titles) // across) * len(rows)
-    page = Image.new("RGB", (min(across, len(titles)) * width, lines * (height + 20)), "white")
-    for number, row in enumerate(rows):
-        for column, (title, image) in enumerate(zip(titles, row, strict=True)):
-            x, y = column % across * width, (column // across * len(rows) + number) * (height + 20)
-            ImageDraw.Draw(page).text((x, y + 4), title, fill="black")
-            page.paste(image, (x, y + 20))
-    return page

@@ -20,7 +20,7 @@ class Config(train.Config):
 
     Args:
         gpus: How many.
-        gpu: Which: A100-40G, A100, H100, H200, B200, L40S, MI300X, RTX4090.
+        gpu: Which: A100-40G, A100, H100, H100-PCIe, H200, B200, L40S, MI300X, RTX4090.
         mfu: Share of their peak that useful matrix products reach.
     """
 

@@ -13,6 +13,7 @@ import torch
 from fourm import runtime
 from fourm.data.loader import Loader
 from fourm.data.shards import ShardDataset
+from fourm.evaluation.samples import Reconstructions
 from fourm.evaluation.tokenizers import evaluate_tokenizer
 from fourm.tokenization import load_tokenizer
 from fourm.tokenization.autoencoder import ImageTokenizer, TokenizerConfig
@@ -111,8 +112,9 @@ def run(config: Config) -> None:
         runtime.open_run(folder / "run", dataclasses.asdict(config))
     task = TokenizerTask(prepare(config), config.modality, config.mask, config.crops, config.seed)
     names = [name for name in (config.modality, config.mask) if name]
+    data = ShardDataset(Path(config.data) / "train", names)
     loader: Any = Loader(
-        ShardDataset(Path(config.data) / "train", names),
+        data,
         config.loader_batch(joined.num_processes),
         task.collate,
         config.seed,
@@ -122,7 +124,10 @@ def run(config: Config) -> None:
     )
     if config.sizes is not None:
         loader = SizedBatches(loader, config.sizes, config.seed, config.accumulate)
-    trainer = Trainer(config, task, loader, {}, folder / "run")
+    split = next((name for name in ("val", "test") if (Path(config.data) / name).is_dir()), "test")
+    held_out = Views(ShardDataset(Path(config.data) / split, names), task)
+    shown = {split: Reconstructions(held_out, config.modality, config.mask)}
+    trainer = Trainer(config, task, loader, shown, folder / "run", fingerprints=data.fingerprints())
     trainer.fit()
     if joined.is_main_process:
         tokenizer = cast(ImageTokenizer, trainer.final_model).eval()

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from fourm import runtime
+from fourm import checkpoint, runtime
 from fourm.data.loader import Loader
 from fourm.data.mixture import MixedDataset
 from fourm.data.texts import TextSource
 from fourm.data.tokens import TokenDataset, digest
+from fourm.evaluation.samples import Predictions
 from fourm.masking.budgets import MaskingConfig
 from fourm.masking.masking import Masker, MixedMasker
 from fourm.modalities import TokenSpace
 from fourm.model.config import FourMConfig
 from fourm.model.fourm import FourM
+from fourm.model.lora import fuse_lora, inject_lora, save_adapter
+from fourm.model.warm_start import open_source, warm_start
 from fourm.tokenization import TextTokenizer, load_tokenizer
+from fourm.tokenization.encode import load_tokenizers
 from fourm.training.calibration import calibrate
-from fourm.training.planner import Cluster, describe
+from fourm.training.optim import Freeze, Rest
+from fourm.training.planner import Cluster, describe, flops_per_token
 from fourm.training.tasks import Evaluator, HeldOutLoss, MaskedTask
 from fourm.training.trainer import TrainConfig, Trainer
 
@@ -68,6 +74,21 @@ class DataConfig:
             raise ValueError(f"data: the text {self.text} needs a `tokenizer`")
 
 
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters. All that the model took over from `init` rests; they move, and what is new.
+
+    Args:
+        rank: Of one matrix; packed ones get it once for each matrix in them.
+        scale: Of what an adapter adds.
+        targets: Layers that get one: `selfattn`, `crossattn`, `attn` (both), `mlp` or `all`.
+    """
+
+    rank: int = 4
+    scale: float = 1.0
+    targets: Literal["selfattn", "crossattn", "attn", "mlp", "all"] = "attn"
+
+
 @dataclass(kw_only=True)
 class Config(TrainConfig):
     """A model, its data and its training.
@@ -78,10 +99,17 @@ class Config(TrainConfig):
         folder: The run; the finished model goes to `model` below.
         model: Shape of the model.
         masking: What is given and what is asked.
+        init: Model to start from: a folder (of a model, run, checkpoint, or peft's adapters) or hub id, also of 4M's.
+            What was matched is printed, and written to `warm_start.txt`.
+        like: New modalities that start from one of `init` with the same vocabulary, such as `{places: caption}`.
+        freeze: What rests until when.
+        lora: Train adapters only, and rows of new modalities; they go to `adapter` below, and into `model`.
         loss: `mod`, the mean of the modalities' means, or `token`, the mean over tokens.
         on_error: What bad samples do: `raise`, or `skip` and count.
         max_bad: Share of the samples that may be skipped; more of them end the run.
         val_batches: Batches (of `batch_size` samples) of the held-out loss.
+        tokenizers: Folder with the tokenizers, to show what is predicted of held-out samples at every evaluation;
+            '' for no pictures.
         calibrate: Fit a temperature per modality on those batches in the end, for a model that knows how sure it is.
         dry_run: Only say what the run takes, on one node of 8 GPUs (`fourm plan` knows others). No data are needed.
     """
@@ -91,10 +119,15 @@ class Config(TrainConfig):
     folder: str
     model: FourMConfig
     masking: MaskingConfig
+    init: str = ""
+    like: dict[str, str] = field(default_factory=dict)
+    freeze: list[Freeze] = field(default_factory=list)
+    lora: LoRAConfig | None = None
     loss: Literal["mod", "token"] = "mod"
     on_error: Literal["raise", "skip"] = "raise"
     max_bad: float = 0.01
     val_batches: int = 8
+    tokenizers: str = ""
     calibrate: bool = False
     dry_run: bool = False
 
@@ -105,6 +138,7 @@ class Config(TrainConfig):
         "on_error",
         "max_bad",
         "val_batches",
+        "tokenizers",
         "calibrate",
         "dry_run",
         "model.attention",
@@ -139,6 +173,26 @@ def open_data(config: Config, space: TokenSpace, split: Literal["train", "val"])
     return data, maskers[0] if len(opened) == 1 else MixedMasker(maskers, data.ends)
 
 
+def start(config: Config, model: FourM, main: bool) -> Mapping[str, Sequence[Sequence[int]]]:
+    """Starts the model from `init`, but for a run that goes on; rows of its parameters that were taken over."""
+    if not config.init and (config.like or config.lora or any(each.what == "old" for each in config.freeze)):
+        raise ValueError("like, lora and `freeze` of what is old need a model to start from (`init`)")
+    if config.lora and config.freeze:
+        raise ValueError("lora freezes all that is old in any case; leave `freeze` out")
+    if not config.init:
+        return {}
+    record = Path(config.folder) / "warm_start.json"
+    if record.is_file() and checkpoint.latest(config.folder):
+        return checkpoint.read_json(record)
+    plan = warm_start(model, open_source(config.init), config.like)
+    if main:
+        text = "\n".join([f"starting from {config.init}", *plan.lines])
+        print(text)
+        record.with_suffix(".txt").write_text(text + "\n")
+        record.write_text(json.dumps(plan.kept))
+    return plan.kept
+
+
 def run(config: Config) -> None:
     """Trains, watches the loss on the validation split, and writes the finished model."""
     if config.dry_run:
@@ -151,6 +205,11 @@ def run(config: Config) -> None:
     space = TokenSpace.from_yaml(config.modalities)
     runtime.seed_everything(config.seed, "model")
     model = FourM(config.model, space)
+    kept = start(config, model, joined.is_main_process)
+    flops = 0.0 if config.lora or config.freeze else flops_per_token(model, config.masking)
+    rest = Rest(model, [Freeze("old")] if config.lora else config.freeze, kept)
+    if config.lora:
+        inject_lora(model, config.lora.rank, config.lora.scale, config.lora.targets)
     task = MaskedTask(model, config.loss)
     (train, masker), (val, val_masker) = (open_data(config, space, split) for split in ("train", "val"))
     size, rank, processes = config.loader_batch(joined.num_processes), joined.process_index, joined.num_processes
@@ -165,15 +224,22 @@ def run(config: Config) -> None:
         return total | {f"faults/{reason}": float(count) for reason, count in met.items()}
 
     evaluators: dict[str, Evaluator] = {"val": held_out, "data": faults}
-    trainer = Trainer(config, task, loader, evaluators, folder, {"config.json": model.config_json()})
+    if config.tokenizers:
+        evaluators["samples"] = Predictions(space, load_tokenizers(space, config.tokenizers, str(joined.device)), val)
+    prints = {"modalities": digest(*map(str, space.modalities.items())), **train.fingerprints()}
+    card = {"config.json": model.config_json()}
+    trainer = Trainer(config, task, loader, evaluators, folder, card, prints, flops, rest=rest)
     trainer.fit()
     if joined.is_main_process:
         final = cast(FourM, trainer.final_model)
+        if config.lora:
+            save_adapter(final, folder / "adapter", config.init)
+            fuse_lora(final)
         if config.calibrate:
             validation = Loader(val, size, val_masker, config.seed).batches()
             device = next(final.parameters()).device
             chosen = calibrate(final, (batch.to(device) for batch in islice(validation, batches)))
             print("temperatures: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
         final.save_pretrained(folder / "model")
-        print(f"{folder / 'model'}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+        print(f"{folder / 'model'}: {sum(p.numel() for p in final.parameters()) / 1e6:.1f} M parameters")
     runtime.finish(joined)

@@ -1,4 +1,7 @@
-"""Adapters change nothing until they are trained, and vanish into the layers they adapt."""
+"""Adapters change nothing until they are trained, vanish into the layers they adapt, and are peft's too."""
+
+import copy
+import json
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from fourm.modalities import Modality, TokenSpace
 from fourm.model.attention import Blocks
 from fourm.model.config import FourMConfig
 from fourm.model.fourm import FourM
-from fourm.model.lora import LoRALinear, fuse_lora, inject_lora, train_lora_only
+from fourm.model.lora import LoRALinear, adapters, fuse_lora, inject_lora, load_adapter, save_adapter
 
 SPACE = TokenSpace({"depth": Modality("grid", vocab_size=7, grid=(2, 2))})
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
@@ -25,12 +28,17 @@ def blocks(model: FourM) -> torch.Tensor:
     return model.decoder[0](x, model.encoder[0](x, own), own, own)
 
 
+def stir(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+
+
 def test_starts_as_the_same_model_and_fuses_into_one(model):
     before, names = blocks(model), list(model.state_dict())
     inject_lora(model, rank=3, scale=0.5, targets="all")
     assert torch.equal(blocks(model), before)
-    for parameter in train_lora_only(model):
-        nn.init.normal_(parameter, std=0.2)
+    stir(model)
     adapted = blocks(model)
     assert not torch.allclose(adapted, before, atol=1e-2)
     fuse_lora(model)
@@ -38,16 +46,53 @@ def test_starts_as_the_same_model_and_fuses_into_one(model):
     torch.testing.assert_close(blocks(model), adapted, atol=1e-4, rtol=1e-4)
 
 
-def test_only_adapters_are_trained(model):
+def test_packed_layers_have_the_rank_of_each_matrix(model):
     inject_lora(model, rank=2, targets="attn")
-    thin = train_lora_only(model)
-    blocks(model).square().mean().backward()
-    named = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert len(named) == len(thin) == 2 * (2 + 5)  # two of a self-attention in the encoder, five in the decoder
-    assert all(".lora_" in name for name in named)
+    assert len(adapters(model)) == 2 + 5  # two of a self-attention in the encoder, five in the decoder
     assert model.encoder[0].attn.qkv.lora_down.weight.shape == (6, 16)
     assert model.decoder[0].cross_attn.kv.lora_up.weight.shape == (32, 4)
     assert not any(isinstance(module, LoRALinear) for module in model.encoder[0].mlp.modules())
+
+
+@pytest.mark.parametrize("targets", ["selfattn", "all"])
+def test_peft_computes_the_same_with_our_files(model, targets, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = copy.deepcopy(model)
+    inject_lora(model, rank=3, scale=0.5, targets=targets)
+    stir(model)
+    save_adapter(model, tmp_path, "some/base")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    ranks = {name: layer.r["default"] for name, layer in theirs.base_model.model.named_modules() if hasattr(layer, "r")}
+    assert ranks == {name: layer.lora_down.out_features for name, layer in adapters(model).items()}
+    assert torch.equal(blocks(theirs.base_model.model), blocks(model))
+    assert not torch.allclose(blocks(base), blocks(model), atol=1e-2)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_we_compute_the_same_with_pefts_files(model, rslora, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["qkv", "fc1", "kv"], rank_pattern={"qkv": 6},
+                             alpha_pattern={"fc1": 3}, use_rslora=rslora)  # fmt: skip
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    stir(theirs)
+    theirs.eval().save_pretrained(tmp_path)
+    before = blocks(model)
+    load_adapter(model, tmp_path)
+    assert torch.equal(blocks(model), blocks(theirs.base_model.model)) and not torch.equal(blocks(model), before)
+    fuse_lora(model)
+    torch.testing.assert_close(blocks(model), blocks(theirs.base_model.model), atol=1e-4, rtol=1e-4)
+
+
+def test_other_adapters_are_refused(model, tmp_path):
+    other = FourM(FourMConfig(dim=8, heads=2, encoder_depth=1, decoder_depth=1), SPACE)
+    inject_lora(other)
+    save_adapter(other, tmp_path, "some/base")
+    with pytest.raises(ValueError, match=r"an adapter of \S+, which the model has not, or in another shape"):
+        load_adapter(model, tmp_path)
+    card = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(card | {"use_dora": True}))
+    with pytest.raises(ValueError, match="'use_dora': True"):
+        load_adapter(model, tmp_path)
 
 
 def test_errors(model):

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
 
-from fourm.checkpoint import read_official
 from fourm.modalities import Modality, TokenSpace
+from fourm.official_files import read_official
 from fourm.tokenization import Tokenizer, load_tokenizer
 from fourm.tokenization.autoencoder import ImageTokenizer, TokenizerConfig
 from fourm.tokenization.encode import load_tokenizers

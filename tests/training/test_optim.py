@@ -4,10 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from fourm.masking.batch import MaskedBatch
 from fourm.modalities import Modality, TokenSpace
+from fourm.model.config import FourMConfig
 from fourm.model.embeddings import Embeddings
+from fourm.model.fourm import FourM
+from fourm.model.warm_start import warm_start
 from fourm.training import optim
-from fourm.training.optim import Muon, OptimConfig, learning_rate, orthogonalise, parameter_groups
+from fourm.training.optim import Freeze, Muon, OptimConfig, Rest, learning_rate, orthogonalise, parameter_groups
+from fourm.training.tasks import MaskedTask
+from fourm.training.trainer import TrainConfig, Trainer
 
 
 @pytest.mark.parametrize(
@@ -28,8 +34,45 @@ def test_wsd_by_hand(progress, expected):
 def test_schedule_that_does_not_fit():
     with pytest.raises(ValueError, match="warmup 80 and decay 40 do not fit into a run of 100"):
         learning_rate(OptimConfig(schedule="wsd", warmup=80, decay=40), 0, 100)
-    with pytest.raises(ValueError, match="allowed are cosine, wsd"):
+    with pytest.raises(ValueError, match="allowed are constant, cosine, inverse_sqrt, wsd"):
         learning_rate(OptimConfig(schedule="step"), 0, 100)
+    with pytest.raises(ValueError, match="neither warmup nor timescale"):
+        learning_rate(OptimConfig(schedule="inverse_sqrt", warmup=0), 0, 100)
+    assert learning_rate(OptimConfig(lr=1.0, warmup=100), 100, 100) == 1.0
+
+
+@pytest.mark.parametrize("tokens", [1, 1000])
+@pytest.mark.parametrize(
+    ("name", "theirs", "ours"),
+    [("constant_with_warmup", {}, {"schedule": "constant"}),
+     ("cosine", {}, {"schedule": "cosine"}),
+     ("inverse_sqrt", {}, {"schedule": "inverse_sqrt", "decay": 0}),
+     ("inverse_sqrt", {"timescale": 25}, {"schedule": "inverse_sqrt", "timescale": 0.25, "decay": 0}),
+     ("warmup_stable_decay", {"num_decay_steps": 30, "decay_type": "linear"}, {"schedule": "wsd", "decay": 0.3})],
+)  # fmt: skip
+def test_schedules_of_transformers(name, theirs, ours, tokens):
+    """At every step of 100, also where the run is counted in tokens, 1000 an update."""
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = transformers.get_scheduler(name, optimizer, 10, 100, theirs)
+    config = OptimConfig(lr=1.0, warmup=10 * tokens, **ours)
+    for step in range(100):
+        wanted = scheduler.get_last_lr()[0]
+        assert learning_rate(config, step * tokens, 100 * tokens) == pytest.approx(wanted, abs=1e-12), step
+        optimizer.step()
+        scheduler.step()
+
+
+def test_inverse_sqrt_of_4m_by_hand():
+    """`base / sqrt((i + ts) / ts)` with i from the end of the warm-up on, then linear to the end (spec, 7.1)."""
+    config = OptimConfig(lr=3.0, min_lr=0.5, schedule="inverse_sqrt", warmup=100, timescale=400, decay=0.2)
+    assert learning_rate(config, 50, 2000) == 1.5
+    assert learning_rate(config, 100, 2000) == 3.0
+    assert learning_rate(config, 1300, 2000) == 3.0 / 2
+    foot = 3.0 / math.sqrt((1500 + 400) / 400)
+    assert learning_rate(config, 1600, 2000) == pytest.approx(foot)
+    assert learning_rate(config, 1700, 2000) == pytest.approx(foot + (0.5 - foot) / 4)
+    assert learning_rate(config, 2000, 2000) == pytest.approx(0.5)
 
 
 class Example(nn.Module):
@@ -151,3 +194,95 @@ def test_clipping_follows_torch():
         assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.parameters(), limit)))
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.grad, b.grad)
+
+
+SPACE = {name: Modality("grid", vocab_size=size, grid=(1, 3)) for name, size in (("new", 5), ("old", 7))}
+SHAPE = {"size": "nano", "dim": 8, "heads": 2, "encoder_depth": 1, "decoder_depth": 1}
+
+
+class Pairs:
+    """Batch k asks for one modality given the other."""
+
+    def batches(self, start_step=0):
+        step = start_step
+        while True:
+            draw = torch.Generator().manual_seed(step)
+            offset, size = torch.tensor([0, 5]), torch.tensor([5, 7])
+            mod = torch.randint(0, 2, (4, 1), generator=draw).expand(4, 3)
+            ids = [(torch.rand(4, 3, generator=draw) * size[m]).long() + offset[m] for m in (mod, 1 - mod)]
+            place = torch.arange(3).expand(4, 3)
+            yield MaskedBatch(
+                ids=ids[0], pos=place + 3 * mod, mod=mod, target=ids[1], target_in=torch.full((4, 3), -1),
+                target_pos=place + 3 * (1 - mod), target_mod=1 - mod,
+            )  # fmt: skip
+            step += 1
+
+
+def warm(**shape) -> tuple[FourM, dict]:
+    torch.manual_seed(0)
+    source = FourM(FourMConfig(**SHAPE | shape), TokenSpace({"old": SPACE["old"]}))
+    model = FourM(FourMConfig(**SHAPE | shape), TokenSpace(SPACE))
+    return model, warm_start(model, source).kept
+
+
+def trained(folder, phases, steps=6, shape=None, **changes):
+    """Trains with weights that rest; per update the state dict after it."""
+    model, kept = warm(**shape or {})
+    optimizer = OptimConfig(lr=0.05, warmup=0, weight_decay=0.1, schedule="constant", **changes)
+    config = TrainConfig(steps=steps, batch_size=4, optim=optimizer, precision="fp32", save_every=2, keep=0, ema=0.9)
+    seen = [{name: value.clone() for name, value in model.state_dict().items()}]
+
+    def watch(_, step):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {}
+
+    config.eval_every = 1
+    rest = Rest(model, phases, kept)
+    trainer = Trainer(config, MaskedTask(model), Pairs(), {"watch": watch}, folder, rest=rest)
+    trainer.fit()
+    return seen, trainer
+
+
+def moved(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+BLOCKS = ("encoder.", "encoder_norm.", "decoder.", "decoder_norm.")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"name": "muon"}, {"lazy_tables": True, "shape": {"tied_head": False}}], ids=str
+)
+def test_what_is_old_rests_bit_for_bit_until_it_moves(changes, tmp_path):
+    seen, trainer = trained(tmp_path, [Freeze("old", 4), Freeze("trunk", 5)], **changes)
+    tables = {"encoder_embeddings.tokens.weight": 5, "decoder_embeddings.tokens.weight": 5,
+              "encoder_embeddings.modality": 1, "decoder_embeddings.modality": 1, "to_logits.weight": 5}  # fmt: skip
+    tables = {name: rows for name, rows in tables.items() if name in seen[0]}
+    new_tables = set(tables) - (
+        {"decoder_embeddings.tokens.weight"} if "shape" in changes else set()
+    )  # never looked up
+    assert moved(seen[0], seen[4]) == new_tables
+    for name, rows in tables.items():
+        assert torch.equal(seen[0][name][rows:], seen[4][name][rows:])
+        assert name not in new_tables or (seen[0][name][:rows] != seen[4][name][:rows]).any(1).all()
+    then = moved(seen[4], seen[5])
+    assert {"decoder_proj_context.weight", "mask_token"} < then and not any(name.startswith(BLOCKS) for name in then)
+    assert all((seen[4][name][rows:] != seen[5][name][rows:]).any() for name, rows in tables.items() if name in then)
+    assert any(name.startswith("encoder.0.mlp") for name in moved(seen[5], seen[6]))
+    assert not torch.equal(trainer.ema.module.mask_token, seen[0]["mask_token"])
+
+
+def test_what_rests_is_the_same_after_an_interruption(tmp_path):
+    whole, _ = trained(tmp_path / "whole", [Freeze("old", 0.5), Freeze("trunk", 5)], name="muon")
+    trained(tmp_path / "cut", [Freeze("old", 3), Freeze("trunk", 5)], steps=4, name="muon")
+    cut, _ = trained(tmp_path / "cut", [Freeze("old", 3), Freeze("trunk", 5)], name="muon")
+    assert len(cut) == 3 and all(torch.equal(whole[-1][name], value) for name, value in cut[-1].items())
+
+
+def test_what_never_moves_has_no_gradient_and_no_state(tmp_path):
+    seen, trainer = trained(tmp_path, [Freeze("embeddings")])
+    assert all(name.startswith(BLOCKS) for name in moved(seen[0], seen[-1])) and moved(seen[0], seen[-1])
+    state = optim.optimizer_tensors(trainer.task.model, trainer.optimizers)
+    assert state and all(name.partition("/")[2].startswith(BLOCKS) for name in state)
+    with pytest.raises(ValueError, match="'heads', allowed are trunk, embeddings, old"):
+        Freeze("heads")

@@ -30,12 +30,14 @@ from fourm.training.planner import (
     count_parameters,
     describe,
     expected_load,
+    flops_per_token,
     forward_flops,
     memory,
     plan,
     rates,
     training_flops,
 )
+from fourm.training.tasks import tokens_in
 from fourm.training.trainer import TrainConfig
 
 SPACE = TokenSpace(
@@ -186,6 +188,13 @@ def test_flops_are_those_torch_counts(name, masking):
     assert len(batch) * training_flops(model, load) == pytest.approx(counted, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["gated", "registers"])
+def test_flops_of_a_token_that_the_trainer_counts(name):
+    model, batch = FourM(SHAPES[name], SPACE), masked(GRIDS)
+    flops = training_flops(model, load_of(batch, model.config.registers))
+    assert flops_per_token(model, GRIDS) == pytest.approx(flops / (tokens_in(batch) / len(batch)), rel=0.02)
+
+
 def test_flops_by_hand():
     space = TokenSpace({"a": Modality("grid", vocab_size=10, grid=(2, 2))})
     with torch.device("meta"):
@@ -218,7 +227,8 @@ def test_memory_by_hand():
     assert memory(parameters, 70, gpus=8, sharded=False, ema=True) == (8000, 8000, 8000, 1000, 70)
     assert memory(parameters, 70, gpus=8, sharded=False, mixed=False).copies == 0
     sharded = memory(parameters, 70, gpus=8, sharded=True)
-    assert sharded == (500, 500 + 1600, 1000, 2 * (400 + 200), 70)
+    assert sharded == (500, 500 + 1600, 1000, 4 * 400 + 2 * 200, 70)
+    assert memory(parameters, 70, gpus=8, sharded=True, accumulates=True).gradients == 500 + 4000
 
 
 def test_checkpointed_activations_are_what_autograd_saves(padded_attention):
@@ -239,11 +249,12 @@ def test_checkpointed_activations_are_what_autograd_saves(padded_attention):
 
 
 def test_plan_cuts_updates_until_they_fit(monkeypatch):
-    train, shape = TrainConfig(steps=10, batch_size=64), FourMConfig(size="nano")
+    train, shape = TrainConfig(steps=10, batch_size=2048), FourMConfig(size="nano")
     roomy = plan(train, shape, SPACE, ALL, Cluster(gpus=4))
     assert set(roomy.accumulate.values()) == {1}
     for name, needed in roomy.memory.items():
-        limit = (sum(needed[:-1]) + needed.activations / 4) / (1 - SPARE) / GIB * 1.01
+        cut = plan(dataclasses.replace(train, accumulate=4), shape, SPACE, ALL, Cluster(gpus=4)).memory[name]
+        limit = sum(cut) / (1 - SPARE) / GIB * 1.01
         monkeypatch.setitem(GPUS, "small", GPUS["A100"]._replace(gib=limit))
         assert plan(train, shape, SPACE, ALL, Cluster(gpus=4, gpu="small")).accumulate[name] == 4
         monkeypatch.setitem(GPUS, "small", GPUS["A100"]._replace(gib=sum(needed[:-1]) / GIB))

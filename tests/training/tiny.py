@@ -1,5 +1,6 @@
 """A task and a loader small enough to check by hand, for this process or for one that a test starts."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class TinyModel(nn.Module):
         self.blocks = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
         self.norm, self.dropout = nn.LayerNorm(6), nn.Dropout(dropout)
         self.kinds = nn.Embedding(2, 6)
-        self.heads = nn.ModuleList([nn.Linear(6, 1), nn.Linear(6, 1)])
+        self.heads = nn.ModuleList([nn.Linear(6, 1), nn.Linear(6, 1), nn.Linear(6, 1)])  # nothing needs the third
 
     def forward(self, x, kind):
         for block in self.blocks:
@@ -88,10 +89,12 @@ def held_out(batches):
     return {"val": HeldOutLoss(TinyTask(), TinyLoader(5), batches)}
 
 
-if __name__ == "__main__":  # one of several processes: folder, rank, processes
-    folder, rank, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    joined = runtime.accelerator()
-    train(folder / "good", rank, world_size, dropout=0.0, accumulate=2, ema=0.9, evaluators=held_out(3))
+if __name__ == "__main__":  # one of several processes
+    folder, joined = Path(sys.argv[1]), runtime.accelerator()
+    rank, world_size = joined.process_index, joined.num_processes
+    for name, sharded in (("shards", "true"), ("good", "false")):
+        os.environ["ACCELERATE_USE_FSDP"] = sharded
+        train(folder / name, rank, world_size, dropout=0.0, accumulate=2, ema=0.9, evaluators=held_out(3))
     try:
         train(folder / "bad", rank, world_size, spoil=6)
     except ValueError as error:

@@ -1,0 +1,107 @@
+"""Pictures of held-out samples that a training shows at its evaluations, always of the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fourm.evaluation.matrix import raw_sources, raw_targets
+from fourm.evaluation.tokenizers import reconstruct, truths
+from fourm.generation.decode import common_scale, decode, picture, sheet
+from fourm.generation.plan import Target, chain
+from fourm.generation.sampler import Sampler, from_samples
+from fourm.modalities import TokenSpace
+
+SIZE = 128  # height of a picture in pixels
+STEPS = 4  # of a grid, and of diffusion decoders
+
+
+def spread(samples: Any, count: int) -> list[Mapping[str, Any]]:
+    """So many, from all over a data set; or all, where there are fewer."""
+    chosen = min(count, len(samples))
+    return [samples[row * len(samples) // chosen] for row in range(chosen)]
+
+
+class Reconstructions:
+    """Evaluator of an image tokenizer: originals above what it makes of them.
+
+    Args:
+        dataset: Raw samples.
+        modality: The tokenizer's raw modality.
+        mask: Raw modality with the masks of valid pixels, if there are any.
+        count: Samples at most.
+    """
+
+    def __init__(self, dataset: Any, modality: str, mask: str = "", count: int = 8):
+        self.samples, self.modality, self.mask = spread(dataset, count), modality, mask
+
+    def __call__(self, model: Any, step: int) -> dict[str, Image.Image]:
+        """One sheet, `reconstructions`."""
+        truth, where = truths(model, self.samples, self.modality, self.mask)
+        made, scale = reconstruct(model, truth, valid=where)[0], common_scale(model, truth)
+        rows = [[picture(model, value, SIZE, scale) for value in values] for values in (truth, made)]
+        return {"reconstructions": sheet([str(sample["__key__"])[-20:] for sample in self.samples], rows)}
+
+
+class Predictions:
+    """Evaluator of an any-to-any model: true values above those that it predicts from one modality.
+
+    That is the first that may be given, of those that most samples have.
+
+    Args:
+        space: The model's modalities.
+        tokenizers: By name of the model modality.
+        dataset: Token samples.
+        count: Samples at most.
+        targets: Modalities at most, each predicted on its own, in a few steps.
+
+    Raises:
+        ValueError: There are no samples with anything that may be given.
+    """
+
+    def __init__(
+        self, space: TokenSpace, tokenizers: Mapping[str, Any], dataset: Any, count: int = 4, targets: int = 8
+    ):
+        self.space, self.tokenizers = space, tokenizers
+        samples, sources = spread(dataset, 8 * count), raw_sources(space)  # some of a mixture may not do
+        self.given = max(sources, key=lambda raw: sum(sources[raw] in sample for sample in samples))
+        self.source = sources[self.given]
+        self.samples = spread([sample for sample in samples if self.source in sample], count)
+        if not self.samples:
+            raise ValueError(f"none of {len(samples)} samples has anything that may be given: {', '.join(sources)}")
+        names = [name for raw, name in raw_targets(space).items() if raw != self.given]
+        self.targets = [name for name in names if all(name in sample for sample in self.samples)][:targets]
+        self.truth = {name: self._values(name) for name in (self.source, *self.targets)}
+
+    def _values(self, name: str) -> Sequence[Any]:
+        contents = [sample[name] for sample in self.samples]
+        if not self.space[name].discrete:
+            return contents
+        ids = [torch.as_tensor(each) for each in contents]
+        rows = torch.stack(ids) if self.space[name].kind == "grid" else ids
+        return decode({name: rows}, self.tokenizers, steps=STEPS)[name]
+
+    def __call__(self, model: Any, step: int) -> dict[str, Image.Image]:
+        """One sheet, `from_<modality>`."""
+        known, made = from_samples(self.space, self.samples, [self.source]), {self.source: self.truth[self.source]}
+        for name in self.targets:
+            plan = chain(self.space, [Target(name, steps=STEPS, top_p=0.9, max_tokens=64)])
+            made |= decode(Sampler(model).generate(known, plan), self.tokenizers, steps=STEPS)
+        scales = {name: common_scale(self.tokenizers.get(name), values) for name, values in self.truth.items()}
+        rows = [
+            [
+                picture(self.tokenizers.get(name), values[row], SIZE, scales[name], self._background(row))
+                for name, values in shown.items()
+            ]
+            for row in range(len(self.samples))
+            for shown in (self.truth, made)
+        ]
+        return {f"from_{self.given}": sheet(list(self.truth), rows)}
+
+    def _background(self, row: int) -> Any:
+        value = self.truth[self.source][row]
+        return value if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 else None
