@@ -48,6 +48,9 @@ def save(
     files: Mapping[str, str] | None = None,
     keep: int = 2,
     permanent_every: int = 0,
+    main: bool = True,
+    agree: Callable[[bool], bool] = bool,
+    write: Callable[[Path, Mapping[str, Tensor]], None] | None = None,
 ) -> Path:
     """Writes `folder/checkpoint-<step>`, then removes all older ones but the newest.
 
@@ -59,15 +62,22 @@ def save(
         files: Further text files by name, such as the model's `config.json`.
         keep: How many checkpoints to leave; 0 leaves all.
         permanent_every: Those of a multiple of this step are never removed, and do not count; 0 for none.
+        main: See `writing`.
+        agree: See `writing`.
+        write: Writes this process's share of a group into its file; default: the main process writes all.
 
     Raises:
         OSError: The disk is full or broken; earlier checkpoints are untouched.
     """
     texts = {"state.json": json.dumps(state, indent=1), **(files or {})}
-    needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+    needed = sum(tensor.numel() * tensor.itemsize for group in tensors.values() for tensor in group.values())
     needed += sum(len(text.encode()) for text in texts.values())
-    with writing(folder, step, keep, permanent_every, needed) as aside:
-        put(aside, tensors, texts)
+    with writing(folder, step, keep, permanent_every, needed, main, agree) as aside:
+        if write is not None:
+            for name, group in tensors.items():
+                write(aside / f"{name}.safetensors", group)
+        if main:
+            put(aside, {} if write is not None else tensors, texts)
     return Path(folder) / f"checkpoint-{step}"
 
 
@@ -137,13 +147,32 @@ def put(
         (aside / name).write_text(text)
 
 
-def latest(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run, found by looking at the files themselves; names the ones it skips."""
+def latest(folder: str | Path, tidy: bool = False) -> Path | None:
+    """The newest complete checkpoint of a run, found by looking at the files themselves; names the ones it skips.
+
+    Args:
+        folder: The run's folder.
+        tidy: Rename damaged ones that are newer to `damaged-checkpoint-<step>`, so that none counts as kept.
+
+    Raises:
+        ValueError: There are checkpoints, but none is complete.
+    """
+    damaged: dict[Path, str] = {}
     for path in reversed(_checkpoints(Path(folder))):
         damage = _damage(path)
-        if damage is None:
-            return path
-        warnings.warn(f"{path} is not a complete checkpoint ({damage}), looking for an older one", stacklevel=2)
+        if damage is not None:
+            damaged[path] = damage
+            continue
+        for bad, reason in damaged.items():
+            warnings.warn(f"{bad} is not a complete checkpoint ({reason}), using an older one", stacklevel=2)
+            if tidy:
+                put_aside = bad.with_name(f"damaged-{bad.name.strip('.')}")
+                shutil.rmtree(put_aside, ignore_errors=True)
+                bad.rename(put_aside)
+        return path
+    if damaged:
+        each = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+        raise ValueError(f"{folder}: no checkpoint is complete ({each}); to start anew, delete them")
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -23,6 +24,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from fourm import runtime
 
 COURSE = 30  # records
 BARS = "▁▂▃▄▅▆▇█"
@@ -108,7 +111,7 @@ class Logbook:
         self._mirror(lambda tracker: tracker.log_images({name: [each] for name, each in pictures.items()}, step=step))
 
     def progress(self, step: int, share: float, record: Mapping[str, Any], left: float) -> None:
-        """Shows how far the run is: in a terminal as a live view, elsewhere as a line.
+        """Shows how far the run is: in a terminal that can redraw as a live view, elsewhere as a line.
 
         Args:
             step: Updates made.
@@ -119,28 +122,42 @@ class Logbook:
         if not self.enabled:
             return
         self.board.now = (step, share, record, left)
-        stream = sys.stdout
-        if self._live is None and stream.isatty() and stream.encoding.lower().startswith("utf"):
-            # Without a thread of its own that redraws: loaders fork.
-            self._live = Live(console=Console(), auto_refresh=False)
-            self._live.start()
-        if self._live is not None:
-            self._live.update(self.board, refresh=True)
-            return
+        with self._heard():
+            if self._live is None and redraws():
+                # Without a thread of its own that redraws: loaders fork.
+                self._live = Live(console=Console(), auto_refresh=False)
+                self._live.start()
+            if self._live is not None:
+                self._live.update(self.board, refresh=True)
+                return
         loss = f"  loss {record['loss']:.4f}" if "loss" in record else ""
         self.say("  ".join([f"step {step} ({share:.0%}){loss}", *facts(record), f"{duration(left)} left"]))
 
     def say(self, line: str) -> None:
         """Prints a line, also where the output goes to a file."""
         if self.enabled:
-            print(line, flush=True)
+            with self._heard():
+                print(line, flush=True)
 
     def close(self) -> None:
         """Leaves the last state on the terminal, and tells the trackers that the run is over."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        with self._heard():
+            live, self._live = self._live, None
+            if live is not None:
+                live.stop()
         self._mirror(lambda tracker: tracker.finish())
+
+    @contextlib.contextmanager
+    def _heard(self) -> Iterator[None]:
+        """Goes silent for good where the reader of the output is gone (a pipe or connection that closed)."""
+        try:
+            yield
+        except OSError:
+            runtime.hush()
+            live, self._live = self._live, None
+            if live is not None:
+                with contextlib.suppress(OSError):
+                    live.stop()  # gives the streams back
 
     def _mirror(self, send: Callable[[Any], None]) -> None:
         """Tells every tracker; what fails there costs the run nothing but a warning, the first time."""
@@ -278,6 +295,13 @@ def _plain(value: Any) -> Any:
 
 
 # The terminal --------------------------------------------------------------------------------------------------------
+
+
+def redraws() -> bool:
+    """Whether the output is a terminal where lines can be drawn anew, and the bars of the view exist."""
+    stream, console = sys.stdout, Console()
+    capable = console.is_terminal and console.is_interactive and not console.is_dumb_terminal
+    return capable and stream.isatty() and stream.encoding.lower().startswith("utf")
 
 
 class Board:

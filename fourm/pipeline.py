@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -44,34 +46,81 @@ class PipelineConfig:
     steps: list[Step] = field(default_factory=list)
 
 
+class Children:
+    """The commands that run now, and the terminal they share."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[str]] = set()
+        self.stopped = False
+        self._console = Lock()
+
+    def stop(self, *_: Any) -> None:
+        """Handles SIGTERM: passes it on, so that trainings save, and has nothing else begin."""
+        self.stopped = True
+        for process in list(self.running):
+            process.terminate()
+
+    def say(self, line: str) -> None:
+        """Prints a line, as long as somebody reads."""
+        with self._console:
+            try:
+                print(line, flush=True)
+            except OSError:
+                from fourm import runtime  # with torch
+
+                runtime.hush()
+
+
 def run(config: PipelineConfig) -> None:
     """Runs the steps that are not done yet.
 
     Raises:
         ValueError: A command failed; says which and where its output ended.
+        SystemExit: With status 143, after SIGTERM, when the commands that ran then have ended.
     """
+    children = Children()
+    before = signal.signal(signal.SIGTERM, children.stop)
+    try:
+        _run(config, children)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(config: PipelineConfig, children: Children) -> None:
     records = Path(config.folder) / "steps"
     records.mkdir(parents=True, exist_ok=True)
-    fingerprint = ""
+    fingerprint, changed = "", ""
     for number, step in enumerate(config.steps, start=1):
         title = f"[{number}/{len(config.steps)}] {step.name}"
         commands = [command.replace("{folder}", config.folder) for command in step.run]
         fingerprint = _fingerprint(fingerprint, commands)
         record = records / f"{step.name}.json"
         if record.exists() and json.loads(record.read_text())["fingerprint"] == fingerprint:
-            print(f"{title}: done before", flush=True)
+            children.say(f"{title}: done before")
             continue
-        print(f"{title}: {len(commands)} command(s)", flush=True)
+        children.say(f"{title}: {len(commands)} command(s)")
+        if record.exists():
+            changed = changed or step.name
         start = time.time()
         threads = max(1, (os.cpu_count() or 1) // step.jobs)
-        console = Lock()
-        with ThreadPoolExecutor(step.jobs) as pool:
-            list(pool.map(partial(_call, threads=threads, console=console), commands))
+        try:
+            with ThreadPoolExecutor(step.jobs) as pool:
+                list(pool.map(partial(_call, threads=threads, children=children), commands))
+        except ValueError as error:
+            if not changed:
+                raise
+            raise ValueError(
+                f"{error}\nStep {changed!r} changed since {records / changed}.json was written, so what step "
+                f"{step.name!r} made before may be out of date: delete its output folder and run again"
+            ) from error
+        if children.stopped:
+            children.say(f"{title}: stopped; the same command goes on from there")
+            raise SystemExit(143)
         seconds = round(time.time() - start, 1)
         text = json.dumps({"fingerprint": fingerprint, "seconds": seconds, "commands": commands}, indent=2)
         record.with_suffix(".tmp").write_text(text)
         record.with_suffix(".tmp").rename(record)
-        print(f"{title}: {seconds} s", flush=True)
+        children.say(f"{title}: {seconds} s")
 
 
 def seconds(folder: str | Path) -> dict[str, float]:
@@ -95,8 +144,10 @@ def _fingerprint(before: str, commands: list[str]) -> str:
     return digest.hexdigest()
 
 
-def _call(command: str, threads: int, console: Lock) -> None:
+def _call(command: str, threads: int, children: Children) -> None:
     """Runs one command and passes its lines on (progress bars redraw with carriage returns, which count as lines)."""
+    if children.stopped:
+        return
     words = shlex.split(command)
     recipe = Path(words[words.index("--config") + 1]) if "--config" in words else Path(words[0])
     label = recipe.parent.name if recipe.stem == "recipe" else words[0]
@@ -109,13 +160,17 @@ def _call(command: str, threads: int, console: Lock) -> None:
         errors="replace",
         env=environment,
     )
+    children.running.add(process)
+    if children.stopped:  # while it began
+        process.terminate()
     assert process.stdout is not None
     last: list[str] = []
     for line in process.stdout:  # universal newlines: a carriage return ends a line too
         if line.strip():
             last = [*last[-20:], line.rstrip()]
-            with console:
-                print(f"  {label}: {line.rstrip()}", flush=True)
-    if process.wait():
+            children.say(f"  {label}: {line.rstrip()}")
+    failed = process.wait()
+    children.running.remove(process)
+    if failed and not children.stopped:
         said = "\n".join(last)
         raise ValueError(f"`fourm {command}` failed with exit status {process.returncode}; it said:\n{said}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -90,6 +91,14 @@ def keep_memory() -> None:
         library = ctypes.CDLL(None)
         for parameter, value in ((-3, 2**22), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
             library.mallopt(ctypes.c_int(parameter), ctypes.c_int(value))
+
+
+def hush() -> None:
+    """Sends the output nowhere from now on, once a write to it has failed: whoever read it is gone, the run goes on."""
+    with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+        out, err = sys.stdout.fileno(), sys.stderr.fileno()
+        for stream in {out, err} if os.path.sameopenfile(out, err) else {out}:
+            os.dup2(nowhere.fileno(), stream)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -123,6 +123,26 @@ def test_damaged_later_one_does_not_push_out_sound_ones(tmp_path):
         assert checkpoint.latest(tmp_path).name == "checkpoint-5"
 
 
+def test_damaged_ones_do_not_count_once_the_run_goes_on(tmp_path):
+    for step in (2, 4):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-4" / "state.json").write_text("{}")
+    with pytest.warns(UserWarning, match="checkpoint-4 is not a complete"):
+        assert checkpoint.latest(tmp_path, tidy=True).name == "checkpoint-2"
+    save(tmp_path, 6)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoint-2", "checkpoint-6", "damaged-checkpoint-4"}
+
+
+def test_no_sound_checkpoint_is_no_new_start(tmp_path):
+    for step in (2, 4):
+        save(tmp_path, step)
+        (tmp_path / f"checkpoint-{step}" / checkpoint.MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint is complete \(checkpoint-4: .*checkpoint-2: .*delete them"):
+        checkpoint.latest(tmp_path, tidy=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+
+
 def test_no_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)._replace(free=40)

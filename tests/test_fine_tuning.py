@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fourm import cli, logbook
+from fourm import checkpoint, cli, logbook
 from fourm.data.shards import write_shards
 from fourm.model.fourm import FourM
 from fourm.model.warm_start import open_source
@@ -47,7 +47,7 @@ def train(folder: str, **changes) -> None:
     cli.main(["train", "--config", "config.yaml"])
 
 
-def test_a_modality_more_and_an_interruption(here, capsys):
+def test_a_modality_more_and_an_interruption(here, capsys, monkeypatch):
     settings = {"init": "base", "freeze": [{"what": "old", "until": 0.5}], "ema": 0.5}
     train("tuned", **settings)
     said = Path("tuned/warm_start.txt").read_text()
@@ -68,13 +68,52 @@ def test_a_modality_more_and_an_interruption(here, capsys):
 
     shutil.copytree("tuned", "again", ignore=shutil.ignore_patterns("checkpoint-4", "model"))
     shutil.move("base", "moved")  # what goes on does not start again
+    read, damage = [], checkpoint._damage
+    monkeypatch.setattr(checkpoint, "_damage", lambda path: read.append(path.name) or damage(path))
     train("again", **settings)
+    assert read == ["checkpoint-2"]  # all of it once, which takes minutes where it is large
     again = load_file("again/checkpoint-4/model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in whole.items())
     assert "starting from base" not in capsys.readouterr().out
 
 
-def test_adapters(here):
+def peft_computes(folder: str, state) -> bool:
+    """Whether the adapters on the model that they name are the fused one."""
+    peft = pytest.importorskip("peft")
+    base = json.loads(Path(folder, "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    merged = peft.PeftModel.from_pretrained(FourM.from_pretrained(base), f"{folder}/adapter").merge_and_unload()
+    names = [name for name in state if name.startswith(("encoder.", "decoder."))]
+    return all(torch.allclose(merged.state_dict()[name], state[name], atol=1e-6) for name in names)
+
+
+def test_an_unfinished_run_of_adapters_is_a_model_to_start_from(here):
+    settings = {"init": "base", "lora": {"rank": 2, "scale": 2.0}, "ema": 0.5}
+    train("adapted", **settings)
+    ended = load_file("adapted/model/model.safetensors")
+    shutil.rmtree("adapted/model")
+    for path in ("adapted", "adapted/checkpoint-4"):
+        found, base = open_source(path)
+        assert base == ""
+        for name, value in found.unique_state_dict().items():
+            assert torch.equal(value, ended[name]), name
+    assert not torch.equal(ended["encoder.0.attn.qkv.weight"],
+                           load_file("base/model/model.safetensors")["encoder.0.attn.qkv.weight"])  # fmt: skip
+    train("twice", **settings | {"init": "adapted", "ema": 0.0})
+    shutil.rmtree("adapted")
+    assert peft_computes("twice", load_file("twice/model/model.safetensors"))
+    train("thrice", init="twice/adapter", steps=1)
+
+
+def test_a_plan_says_what_it_leaves_out(here, capsys):
+    train("planned", init="base", lora={}, dry_run=True)
+    said = capsys.readouterr().out
+    train("planned", init="base", dry_run=True)
+    plain = capsys.readouterr().out
+    assert said.startswith(plain.rstrip()) and "`lora` and `freeze` are not taken into account" in said
+    assert "taken into account" not in plain
+
+
+def test_adapters(here, capsys):
     train("adapted", init="base", lora={"rank": 2, "targets": "all"}, steps=3)
     base, model = FourM.from_pretrained("base/model").state_dict(), FourM.from_pretrained("adapted/model").state_dict()
     state = {key.partition("/")[2] for key in load_file("adapted/checkpoint-3/optimizer.safetensors")}
@@ -84,8 +123,11 @@ def test_adapters(here):
         fused = name.startswith(("encoder.", "decoder.")) and "norm" not in name
         same = torch.equal(model[name][-len(value) :], value)  # the new modality's rows come first
         assert same is not fused or name.endswith("temperature"), name
-    assert json.loads(Path("adapted/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "base"
-    adapted = open_source("adapted/adapter").state_dict()
+    card = json.loads(Path("adapted/adapter/adapter_config.json").read_text())
+    assert card["base_model_name_or_path"] == str(here / "base/model")
+    assert peft_computes("adapted", model)
+    assert "adapters only; `model` alone has what is new, in encoder_embeddings.modality, " in capsys.readouterr().out
+    adapted = open_source("adapted/adapter")[0].state_dict()
     torch.testing.assert_close(adapted["encoder.0.mlp.fc1.weight"], model["encoder.0.mlp.fc1.weight"])
 
 
@@ -94,6 +136,7 @@ def test_adapters(here):
     [({"lora": {}}, "need a model to start from"), ({"like": {"depth": "tok"}}, "need a model to start from"),
      ({"freeze": [{"what": "old"}]}, "need a model to start from"),
      ({"init": "base", "lora": {}, "freeze": [{"what": "trunk"}]}, "leave `freeze` out"),
+     ({"tokenizers": "nowhere"}, "tokenizers: there is none of anything that samples may be given: depth, tok"),
      ({"init": "base", "like": {"depth": "tok"}}, "depth is grid of 10 ids, but tok of the source is grid of 20 ids")],
 )  # fmt: skip
 def test_errors(here, settings, said):

@@ -3,6 +3,8 @@ import io
 import json
 import math
 import os
+import pty
+import subprocess
 import sys
 
 import numpy as np
@@ -269,6 +271,53 @@ def test_terminal_keeps_the_view_below_what_is_said(tmp_path, monkeypatch):
     text = stream.read()
     assert text.index("careful") < text.index("[bold]evaluated[/bold]") < text.rindex("step 4 of 5")
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor comes back
+
+
+@pytest.mark.parametrize("missing", [{"TERM": "dumb"}, {"TTY_INTERACTIVE": "0"}, {"TTY_COMPATIBLE": "0"}])
+def test_a_terminal_that_cannot_redraw_gets_lines(tmp_path, monkeypatch, missing):
+    for name, value in ({"TERM": "xterm"} | missing).items():
+        monkeypatch.setenv(name, value)
+    stream = Terminal(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stream)
+    book = Logbook(tmp_path)
+    book.progress(3, 0.5, {"loss": 1.25}, 10.0)
+    assert stream.buffer.getvalue() == b"step 3 (50%)  loss 1.2500  10 s left\n"
+
+
+RUN = """
+import sys
+from fourm.logbook import Logbook
+with Logbook(sys.argv[1]) as book:
+    for step in range(1, 4):
+        book.write(step, {"loss": 1.0, "seconds": 1.0})
+        book.progress(step, step / 3, {"loss": 1.0}, 1.0)
+        book.say("said")
+        if step == 1:
+            input()
+print("after the run")
+print("an error", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(("output", "together"), [("pipe", True), ("terminal", False)])
+def test_a_run_outlives_the_reader_of_its_output(tmp_path, output, together):
+    reader, writer = os.pipe() if output == "pipe" else pty.openpty()
+    errors = tmp_path / "errors"
+    with errors.open("wb") as file:
+        stderr = writer if together else file
+        environment = os.environ | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+        run = [sys.executable, "-c", RUN, str(tmp_path)]
+        process = subprocess.Popen(run, stdin=subprocess.PIPE, stdout=writer, stderr=stderr, env=environment)
+    os.close(writer)
+    seen = b""
+    while b"said" not in seen:
+        seen += os.read(reader, 1000)
+    assert (b"\x1b" in seen) == (output == "terminal")
+    os.close(reader)
+    process.communicate(b"\n", timeout=60)
+    assert process.returncode == 0
+    assert errors.read_text() == ("" if together else "an error\n")
+    assert [record["step"] for record in read(tmp_path)] == [1, 2, 3]
 
 
 def test_without_a_terminal_there_are_lines(tmp_path, capsys):

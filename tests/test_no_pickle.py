@@ -135,6 +135,20 @@ def test_checkpoints(tmp_path, evil, name, form):
         checkpoint.load(path)
 
 
+@forms
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "ema.safetensors"])
+def test_runs_that_go_on(tmp_path, evil, monkeypatch, name, form):
+    """The trainer reads them by itself, as each process takes its share."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "training")
+    import tiny
+
+    settings = {"steps": 2, "save_every": 2, "ema": 0.9}
+    tiny.train(tmp_path / "run", **settings)
+    sealed(tmp_path / "run/checkpoint-2", name, FORMS[form](evil))
+    with pytest.raises(ValueError, match=rf"{name} is not a safetensors file"):
+        tiny.train(tmp_path / "run", **settings)
+
+
 @pytest.mark.parametrize("name", ["/dev/zero", "../secret", "a/../../secret"])
 def test_manifests_name_no_files_elsewhere(tmp_path, name):
     path = checkpoint.save(tmp_path / "run", 1, {"model": {"a": torch.ones(2)}}, {"step": 1})
@@ -353,7 +367,9 @@ def test_packed_files_and_cards(tmp_path, evil, form):
     with pytest.raises(ValueError, match=r"safetensors is not a packed file: .*; delete it"):
         TokenDataset(tmp_path / "train", space)
     (tmp_path / "card.json").write_bytes(FORMS[form](evil))
-    for load in (lambda: ShardDataset(tmp_path / "train"), lambda: inspect(tmp_path)):
+    path.unlink()
+    tokens = TokenDataset(tmp_path / "train", space)
+    for load in (lambda: ShardDataset(tmp_path / "train"), lambda: inspect(tmp_path), tokens.fingerprints):
         with pytest.raises(ValueError, match=r"card\.json is not JSON"):
             load()
 
@@ -494,6 +510,8 @@ TRAPS = {
     "pax size": member("b.npy", ANY, pax={"size": "-1024"}),
     "huge name": member("././@LongLink", kind=tarfile.GNUTYPE_LONGNAME, size=2**50),
     "huge pax header": member("x", kind=tarfile.XHDTYPE, size=2**50),
+    "long names of long names": member("././@LongLink", b"x", kind=tarfile.GNUTYPE_LONGNAME) * 3000,
+    "pax sparse": member("b.npy", ANY, pax={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
 }
 
 

@@ -117,6 +117,33 @@ def test_mixture_trains_and_goes_on_as_if_never_interrupted(here):
     assert {"loss/tok", "loss/caption", "val/loss/depth"} <= named
 
 
+def test_what_changed_is_named(here):
+    """Data may move; a run goes on with others, or otherwise drawn or masked, only if it is told to."""
+    whole, maps, texts = config()["data"]
+    changes = {
+        "weights of the data sets": [whole | {"weight": 0.6}, maps, texts],
+        "masking of data set 3": [whole, maps, texts | {"masking": even({"caption": 2})}],
+        "modalities of data set 2": [whole, maps | {"modalities": ["tok"]}, texts],
+        "val data of data set 1": [whole | {"val": "all/train"}, maps, texts],
+    }
+    small = {"steps": 1, "eval_every": 0, "save_every": 0}
+    read(**small)
+    cli.main(["train", "--config", "config.yaml"])
+    for name, data in changes.items():
+        read(data=data, **small)
+        with pytest.raises(ValueError, match=rf"was made with other .*{name} \(was ") as error:
+            cli.main(["train", "--config", "config.yaml"])
+        others = [other for other in changes if other != name and f" {other} (" in str(error.value)]
+        assert not [other for other in others if not other.startswith("val")], (name, others)
+    Path("all").rename("moved")
+    rows = TABLE | {"tok": TABLE["tok"] | {"source": "rgb"}, "depth": TABLE["depth"] | {"decoder_positions": 1}}
+    Path("table.yaml").write_text(yaml.safe_dump(rows, sort_keys=False))
+    read(data=[whole | {"path": "moved"}, maps, texts], **small)
+    with pytest.raises(ValueError, match=r"modalities: modality depth \(was \w+, is \w+\); use another") as error:
+        cli.main(["train", "--config", "config.yaml"])
+    cli.main(["train", "--config", "config.yaml", "--accept_changes", "true"])
+
+
 def test_bad_samples_are_in_the_log(here, capsys):
     path = next(Path("all/train/tok").glob("*.tar"))
     path.write_bytes(path.read_bytes()[:600])

@@ -133,8 +133,8 @@ def result(folder: Path) -> dict[str, object]:
 def corrupt(folder: Path, rng: random.Random) -> str:
     """Hurts the newest checkpoint of a run that is not running."""
     names = [path for path in folder.glob("checkpoint-*") if (path / checkpoint.MANIFEST).exists()]
-    if not names:
-        return "no checkpoint to hurt"
+    if len(names) < 2:  # one must be left
+        return "no checkpoint hurt"
     newest = max(names, key=lambda path: int(path.name.partition("-")[2]))
     file = rng.choice(sorted(newest.iterdir()))
     how = rng.choice(["cut", "flip", "manifest"])

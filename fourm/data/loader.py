@@ -10,8 +10,12 @@ windows have to be at hand.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
+import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +100,19 @@ class _Batches:
         return self.collate([self.dataset[draw if by_epoch else draw[1]] for draw in draws], draws)
 
 
+def _end_with(parent: int, _: int) -> None:
+    """Has a worker end with the process it works for, no sooner and no later.
+
+    Clusters send SIGTERM to all processes of a group, of which the one that trains goes on for a while; and when that
+    is killed, torch's own watch may not have begun.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of prctl.h
+        if os.getppid() != parent:
+            os._exit(1)
+
+
 def _unchanged(batch: Any) -> Any:
     return batch
 
@@ -160,5 +177,6 @@ class Loader:
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=functools.partial(_end_with, os.getpid()),
         )
         return iter(loader)

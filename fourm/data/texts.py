@@ -73,6 +73,7 @@ class TextSource(FileSource):
             )
         state = path.stat() if self.local else None
         self.version = digest(str(state and (state.st_size, state.st_mtime_ns)))
+        self.listed = str(state and state.st_size)
         self.cache = user_cache(f"{path.resolve() if self.local else text}|{name}|{split}|{field}|{encoder}")
         self._stream: tuple[int, Iterator[Any]] = (0, self._rows(0))
         rows = sum(1 for _ in self._rows(0)) if samples is None else samples
@@ -82,9 +83,10 @@ class TextSource(FileSource):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_stream": (-1, iter(()))}
 
-    def tokenizers(self) -> dict[str, str]:
-        """Hash of the text tokenizer."""
-        return {self.names[0]: self.encoder}
+    def fingerprints(self) -> dict[str, str]:
+        """Hash of the text tokenizer, the field, and what is read of the hub."""
+        hub = {} if self.local else {"data set of the hub": f"{self.name}, {self.subset}, {self.split}"}
+        return {f"tokenizer of {self.names[0]}": self.encoder, "field": self.field, **hub}
 
     def stamp(self, shard: int, name: str) -> str:
         """File-name suffix: hash of the modality row, dot, hash of the source file."""

@@ -38,7 +38,16 @@ from tqdm import tqdm
 
 from fourm.checkpoint import read_json
 from fourm.data.loader import WINDOW, Order
-from fourm.data.shards import EXTENSIONS, Faults, aligned_keys, by_key, check_tokens, parse_name, tar_entries
+from fourm.data.shards import (
+    EXTENSIONS,
+    Faults,
+    aligned_keys,
+    by_key,
+    card_part,
+    check_tokens,
+    parse_name,
+    tar_entries,
+)
 from fourm.data.transforms import Map, Picture, View
 from fourm.modalities import Modality, TokenSpace
 
@@ -123,6 +132,10 @@ class Packed:
         """Crops of each sample, (samples,)."""
         return np.diff(self._starts)
 
+    def lengths(self) -> bytes:
+        """Differs where items belong to other crops or samples."""
+        return spread_bytes(np.asarray(self._rows), 1) + spread_bytes(np.asarray(self._starts), 1)
+
     def get(self, crop: int, i: int) -> np.ndarray:
         """Value of sample i, (items, ...), of the crop, counted on from the first after the last."""
         start, stop = self._starts[i], self._starts[i + 1]
@@ -147,6 +160,7 @@ class FileSource:
         shards: Names of the shards.
         sizes: Samples of each shard, where that is known without reading.
         streamed: Shards are best read in their order.
+        listed: Differs where the files have other names or sizes, as far as they were listed with their sizes.
         cache: Folder of the packed files.
 
     Raises:
@@ -157,6 +171,7 @@ class FileSource:
     shards: list[str]
     sizes: list[int] | None = None
     streamed = False
+    listed: str
     cache: Path
 
     def __init__(self, path: str, space: TokenSpace):
@@ -204,18 +219,26 @@ class FileSource:
                 f"{path}: there are tars in {', '.join(tars)} and plain files in {', '.join(plain)}, "
                 "expected all modalities as tars, or all as plain files"
             )
+        self.listed = self._listed()
         beside = Path(root).parent
         if "file" in fs.protocol and os.access(beside, os.W_OK):
             self.cache = beside / ".packed" / base(root)
         else:
             self.cache = user_cache(fs.unstrip_protocol(root))
 
-    def tokenizers(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """Hash of the tokenizer of each modality, as far as the card of the tokens names them."""
         fs, root = self._open()
         card = f"{root.rpartition('/')[0]}/card.json"
-        made = json.loads(fs.cat_file(card)).get("tokenizers", {}) if fs.exists(card) else {}
-        return {name: digest(str(made[name])) for name in self.names if name in made}
+        made = card_part(card, fs.cat_file(card), "tokenizers") if fs.exists(card) else {}
+        return {f"tokenizer of {name}": digest(str(made[name])) for name in self.names if name in made}
+
+    def _listed(self) -> str:
+        found = hashlib.sha256()
+        for name in self.names:
+            for files in self._files[name].values():
+                found.update("".join(f"{name} {file} {info.get('size')}\n" for file, info in files.items()).encode())
+        return found.hexdigest()
 
     def _open(self) -> tuple[Any, str]:
         """The file system, which must be opened anew in every process, and the path on it."""
@@ -297,6 +320,15 @@ def base(path: str) -> str:
 def digest(*parts: str) -> str:
     """Twelve letters that differ where the parts differ."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def spread_bytes(values: np.ndarray, run: int) -> bytes:
+    """The bytes of at most 2**16 values, in runs that are spread evenly, the first and the last included."""
+    flat = values.reshape(-1)
+    if flat.size <= 2**16:
+        return flat.tobytes()
+    starts = np.linspace(0, flat.size - run, 2**16 // run).astype(np.int64)
+    return flat[starts[:, None] + np.arange(run)].tobytes()
 
 
 def row_stamp(row: Modality | None, *more: Any) -> str:
@@ -399,17 +431,24 @@ class TokenDataset:
         return list(self._records.values())
 
     def fingerprints(self) -> dict[str, str]:
-        """What differs where the samples do: number, keys and first values of the shards, and the tokenizers.
+        """What differs where the samples do, by name; the same for a copy.
 
-        Of more than `WINDOW` shards keys and values are those of the first.
+        The samples are their number, keys, lengths and values. Of each modality of a shard at most 2**16 values count,
+        spread evenly: single ids, or runs of 64 where they are pixels or floats. Of more than `WINDOW` shards those of
+        the first count, and of the others number, names and sizes of the files, where the file system lists sizes (web
+        servers do not): other tokens of the same size in bytes are not noticed there.
         """
         source, parts = self.source, list[str]()
-        for shard in range(len(self.sizes) if len(self.sizes) <= WINDOW else 1):
+        few = len(self.sizes) <= WINDOW
+        for shard in range(len(self.sizes) if few else 1):
             opened = self._open(shard)
-            values = [packed.values.reshape(-1)[: 2**16].tobytes() for packed, _ in opened.columns.values()]
-            parts += [*opened.keys, *(hashlib.sha256(each).hexdigest() for each in values)]
-        data = digest(*source.names, *source.shards, *map(str, self.sizes), *parts)
-        return {"data": data} | {f"tokenizer of {name}": sha for name, sha in source.tokenizers().items()}
+            parts += opened.keys
+            for name, (packed, _) in opened.columns.items():
+                row = self.space.modalities.get(name)
+                values = spread_bytes(packed.values, 1 if row is None or row.discrete else 64)
+                parts += [hashlib.sha256(each).hexdigest() for each in (values, packed.lengths())]
+        data = digest(*source.names, *source.shards, *map(str, self.sizes), *parts, *([] if few else [source.listed]))
+        return {"data": data, "modalities": ", ".join(self.space.names), **source.fingerprints()}
 
     def _record(self, shard: int) -> str:
         """Name of the file that holds the faults of a shard."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -50,32 +51,45 @@ class Reconstructions:
 class Predictions:
     """Evaluator of an any-to-any model: true values above those that it predicts from one modality.
 
-    That is the first that may be given, of those that most samples have.
+    That is the first that may be given, of those that most samples have. Modalities without a tokenizer are left out.
 
     Args:
         space: The model's modalities.
-        tokenizers: By name of the model modality.
+        load: The tokenizer of a model modality by its name; ValueError or OSError if there is none. Asked for those
+            that are shown only.
         dataset: Token samples.
         count: Samples at most.
         targets: Modalities at most, each predicted on its own, in a few steps.
 
     Raises:
-        ValueError: There are no samples with anything that may be given.
+        ValueError: There are no samples with anything that may be given, or tokenizers of nothing of it.
     """
 
-    def __init__(
-        self, space: TokenSpace, tokenizers: Mapping[str, Any], dataset: Any, count: int = 4, targets: int = 8
-    ):
-        self.space, self.tokenizers = space, tokenizers
+    def __init__(self, space: TokenSpace, load: Callable[[str], Any], dataset: Any, count: int = 4, targets: int = 8):
+        self.space, self.load, self.tokenizers = space, load, dict[str, Any]()
         samples, sources = spread(dataset, 8 * count), raw_sources(space)  # some of a mixture may not do
-        self.given = max(sources, key=lambda raw: sum(sources[raw] in sample for sample in samples))
-        self.source = sources[self.given]
-        self.samples = spread([sample for sample in samples if self.source in sample], count)
-        if not self.samples:
+        having = {raw: sum(name in sample for sample in samples) for raw, name in sources.items()}
+        if not any(having.values()):
             raise ValueError(f"none of {len(samples)} samples has anything that may be given: {', '.join(sources)}")
+        ranked = sorted((raw for raw in sources if having[raw]), key=lambda raw: -having[raw])
+        given = next((raw for raw in ranked if self._opens(sources[raw])), None)
+        if given is None:
+            raise ValueError(f"tokenizers: there is none of anything that samples may be given: {', '.join(ranked)}")
+        self.given, self.source = given, sources[given]
+        self.samples = spread([sample for sample in samples if self.source in sample], count)
         names = [name for raw, name in raw_targets(space).items() if raw != self.given]
-        self.targets = [name for name in names if all(name in sample for sample in self.samples)][:targets]
+        shown = (name for name in names if all(name in sample for sample in self.samples) and self._opens(name))
+        self.targets = list(islice(shown, targets))
         self.truth = {name: self._values(name) for name in (self.source, *self.targets)}
+
+    def _opens(self, name: str) -> bool:
+        if self.space[name].discrete:
+            try:
+                self.tokenizers[name] = self.load(name)
+            except (ValueError, OSError) as error:
+                print(f"samples: {name} is not shown: {error}")
+                return False
+        return True
 
     def _values(self, name: str) -> Sequence[Any]:
         contents = [sample[name] for sample in self.samples]

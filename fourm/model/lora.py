@@ -126,7 +126,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         ValueError: Not a plain LoRA of peft, or one of another model.
     """
     path, card = Path(folder), _card(folder)
-    other = {key: card[key] for key, plain in PLAIN.items() if (card.get(key) or None) != (plain or None)}
+    other = {key: card[key] for key, plain in PLAIN.items() if (card.get(key, plain) or None) != (plain or None)}
     if other:
         raise ValueError(f"{path / CARD} has {other}, supported are { {key: PLAIN[key] for key in other} }")
     if adapters(model):
@@ -145,9 +145,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
             or layer.weight.shape != (len(up), down.shape[1])
         ):
             raise ValueError(f"{path} has an adapter of {name}, which the model has not, or in another shape")
-        alphas = (a for key, a in card.get("alpha_pattern", {}).items() if re.match(rf"(.*\.)?({key})$", name))
-        scale = next(alphas, card["lora_alpha"]) / len(down) ** (0.5 if card.get("use_rslora") else 1)
-        adapter = LoRALinear(layer, len(down), scale)
+        alphas = (a for key, a in (card.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", name))
+        alpha = next(alphas, card.get("lora_alpha"))
+        if not isinstance(alpha, int | float):
+            raise ValueError(f"{path / CARD} has no `lora_alpha`, the strength of the adapter of {name}")
+        adapter = LoRALinear(layer, len(down), alpha / len(down) ** (0.5 if card.get("use_rslora") else 1))
         adapter.lora_down.weight.data.copy_(down)
         adapter.lora_up.weight.data.copy_(up)
         model.set_submodule(name, adapter)
@@ -158,7 +160,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 def base_of(folder: str | Path) -> str:
     """Which model the adapters in a folder are for."""
     base = _card(folder).get("base_model_name_or_path")
-    if not base:
+    if not isinstance(base, str) or not base:
         raise ValueError(f"{Path(folder) / CARD} does not say which model it is for (`base_model_name_or_path`)")
     return base
 

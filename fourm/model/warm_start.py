@@ -21,10 +21,11 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from fourm import checkpoint
-from fourm.modalities import Modality
+from fourm.modalities import Modality, TokenSpace
+from fourm.model.config import FourMConfig
 from fourm.model.embeddings import Embeddings
-from fourm.model.fourm import FourM
-from fourm.model.lora import CARD, base_of, fuse_lora, load_adapter
+from fourm.model.fourm import FourM, WithoutInit, own_card
+from fourm.model.lora import CARD, base_of, fuse_lora, inject_lora, load_adapter
 
 EQUAL = ("dim", "encoder_depth", "decoder_depth", "heads", "mlp_ratio", "gated_mlp")
 # May be added, but not left out.
@@ -46,27 +47,52 @@ class Plan:
     kept: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
 
-def open_source(path: str | Path) -> FourM:
+def open_source(path: str | Path) -> tuple[FourM, str]:
     """A model to start from.
 
     Args:
         path: What `FourM.from_pretrained` loads; the folder of a run, for its finished model or else its newest
-            checkpoint; or adapters in peft's format, which are put into the model they name.
+            checkpoint (the moving average, and with its adapters, where there are any); or adapters in peft's format,
+            which are put into the model they name.
+
+    Returns:
+        The model, and from where `FourM.from_pretrained` loads it on any later day: a folder as an absolute path, or a
+        hub id as it was given; '' for what was put together here, or may be removed as checkpoints are.
 
     Raises:
         ValueError: None of these is there, or its parts do not fit.
     """
     found = checkpoint.resolve(path)
     if (found / CARD).is_file():
-        model = open_source(base_of(found))
+        model, _ = open_source(base_of(found))
         load_adapter(model, found)
         fuse_lora(model)
-        return model
+        return model, ""
     if (found / "model" / "config.json").is_file():
         found = found / "model"
     elif found.is_dir():
         found = checkpoint.latest(found) or found
-    return FourM.from_pretrained(found)
+        if (found / "state.json").is_file():
+            return _of_checkpoint(found), ""
+    given = Path(path).exists() or found.name == "model"
+    return FourM.from_pretrained(found), str(found.resolve() if given else path)
+
+
+def _of_checkpoint(folder: Path) -> FourM:
+    """The model that a run would have ended with here."""
+    card, lora = own_card(folder), checkpoint.read_json(folder / "state.json").get("config", {}).get("lora")
+    if not card:
+        raise ValueError(f"{folder} is not a checkpoint of an any-to-any model")
+    with WithoutInit():
+        model = FourM(FourMConfig(**card["model"]), TokenSpace.from_dict(card["modalities"]))
+        if lora:
+            inject_lora(model, **lora)
+    average = folder / "ema.safetensors"
+    model.load_unique_state_dict(
+        checkpoint.read_tensors(average if average.is_file() else folder / "model.safetensors")
+    )
+    fuse_lora(model)
+    return model.eval()
 
 
 @torch.no_grad()
@@ -119,6 +145,8 @@ def warm_start(model: FourM, source: FourM, like: Mapping[str, str] | None = Non
     ]
     if model.config.tied_head and not source.config.tied_head:
         notes["different"].append("the tied table takes the rows of the source's head")
+    if model.config.share_modality_embeddings and not source.config.share_modality_embeddings:
+        notes["different"].append("shared modality embeddings are those of the source's encoder")
     if (source.temperature != 1).any():
         notes["different"].append("temperatures of the source are left behind, all are 1")
     plan.lines += [f"{what}: {', '.join(items)}" for what, items in notes.items() if items]
@@ -168,6 +196,9 @@ def _side(
     head = source.decoder_embeddings.tokens if source.to_logits is None else source.to_logits
     said: dict[str, str] = {}
     written: dict[int, str] = {}  # first row of a vocabulary -> the modality that brought it
+    before: list[str] = []  # modalities whose row of a shared table the encoder has brought
+    if prefix == SIDES[1] and model.config.share_modality_embeddings:
+        before = [name for name in model.space.inputs() if origins[name] in source.encoder_embeddings.names]
     for name in sorted(side.names, key=lambda name: origins[name] not in other.names):
         row, origin = side.space[name], origins[name]
         first = side.vocabulary(name).start if row.discrete else -1
@@ -179,7 +210,8 @@ def _side(
             continue
         number, was = other.space.number[origin], other.space[origin]
         place = int(side.modality_row[side.space.number[name]])
-        take(side.modality, other.modality[other.modality_row[number], None], place)
+        if name not in before:
+            take(side.modality, other.modality[other.modality_row[number], None], place)
         if not row.discrete:
             for mine, old in zip(side.project[name].parameters(), other.project[origin].parameters(), strict=True):
                 take(mine, old)

@@ -300,13 +300,13 @@ class ImageTokenizer(nn.Module):
             raise ValueError(f"expected ids in [0, {self.vocab_size}), got [{int(ids.min())}, {int(ids.max())}]")
         quantized = self.quantizer.codes(ids.long().to(next(self.parameters()).device))
         if not self.config.denoiser:
-            return self.output(quantized, cells).cpu()
+            return self.output(quantized, cells).float().cpu()  # numpy has no bfloat16, which autocast gives
         size = (cells[0] * self.config.backbone.patch_size, cells[1] * self.config.backbone.patch_size)
         condition, size = quantized.transpose(1, 2).unflatten(2, cells), sampling.pop("size", size)
         if self.config.denoiser != "controlnet":
             return self.diffusion.sample(self.decoder, condition, size, **sampling).cpu()
         latents = self.diffusion.sample(self.decoder, condition, self.decoder.latent_size, **sampling)
-        return self.decoder.to_images(latents, size).cpu()
+        return self.decoder.to_images(latents, size).float().cpu()
 
     def decode(self, ids: Tensor, cells: tuple[int, int] | None = None, **sampling: Any) -> np.ndarray:
         """Ids (B, n) to raw arrays: uint8 images, fields in their unit, class values, standardised depth, vectors.

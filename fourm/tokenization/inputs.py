@@ -231,14 +231,17 @@ def _spectrogram(raw: Arrays, config: InputConfig) -> Tensor:
     window = torch.hann_window(config.window)
     spectrum = torch.stft(torch.from_numpy(waves), config.window, config.hop, window=window, return_complex=True)
     power = (spectrum[:, :, :-1] * (2 / window.sum())).abs() ** 2
-    return (10 * (_mel_bands(config) @ power + 1e-9).log10() / (-FLOOR / 2) + 1).clamp(-1, 1).unsqueeze(1)
+    with torch.autocast("cpu", enabled=False):
+        loudness = _mel_bands(config) @ power
+    return (10 * (loudness + 1e-9).log10() / (-FLOOR / 2) + 1).clamp(-1, 1).unsqueeze(1)
 
 
 def _to_waves(output: Tensor, config: InputConfig) -> np.ndarray:
     """Waves (B, samples) whose spectrogram is about that, with phases found by Griffin and Lim (1984)."""
     power = 10 ** ((output[:, 0].clamp(-1, 1) - 1) * (-FLOOR / 20))
     window, bands = torch.hann_window(config.window), _mel_bands(config)
-    size = (torch.linalg.pinv(bands) @ power).clamp(min=0).sqrt() * (window.sum() / 2)
+    with torch.autocast("cpu", enabled=False):
+        size = (torch.linalg.pinv(bands) @ power).clamp(min=0).sqrt() * (window.sum() / 2)
     size = torch.cat([size, size[:, :, -1:]], dim=2)
     how: dict[str, Any] = {"n_fft": config.window, "hop_length": config.hop, "window": window}
     spectrum = torch.polar(size, 2 * np.pi * torch.rand(size.shape, generator=torch.Generator().manual_seed(0)))

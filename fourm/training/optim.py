@@ -265,6 +265,10 @@ def load_optimizer_tensors(
     Raises:
         ValueError: State of a parameter that these optimisers do not update.
     """
+    optimizers = list(optimizers)
+    for optimizer in optimizers:
+        if isinstance(optimizer, Muon):
+            optimizer.state.clear()  # what was made since; Adam's is there from the start
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     parameters = dict(model.named_parameters())
     for key, tensor in tensors.items():
@@ -304,6 +308,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update of each matrix is made orthogonal (Jordan 2024), matrices of equal shape at once.
 
     Updates have the root mean square of AdamW's (Liu et al. 2025, section 2.2), so both share one learning rate.
+    Sharded matrices are gathered, and every process makes all of them orthogonal.
     torch's own Muon always multiplies in bfloat16, which is ruinous on processors without it, and one by one.
 
     Args:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -52,7 +52,7 @@ class Parallel:
         checkpointing: Blocks keep their inputs only, and compute the rest again for the backward pass.
 
     Raises:
-        ValueError: A model without blocks to checkpoint, or a torch that cannot shard.
+        ValueError: A model without blocks to checkpoint, one with codebooks to shard, or a torch that cannot.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Parallel:
         checkpointing: bool = False,
     ):
         checkpointing = checkpointing or parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")
+        kind = type(model).__name__
         self.joined, self.model, self.sharded = joined, model, runtime.asks_for_shards() and joined.num_processes > 1
         self.skeleton: nn.Module | None = None  # the model without its weights
         if self.sharded:
@@ -75,12 +76,14 @@ class Parallel:
         self.used: set[str] = set()
         blocks = [module for module in model.modules() if isinstance(module, EncoderBlock | DecoderBlock)]
         if checkpointing and not blocks:
-            raise ValueError(f"checkpointing: a {type(model).__name__} has no encoder or decoder blocks to checkpoint")
+            raise ValueError(f"checkpointing: a {kind} has no encoder or decoder blocks to checkpoint")
+        if self.sharded and not blocks and list(model.buffers()):
+            raise ValueError(f"FSDP does not share the buffers of a {kind} (codebooks); launch its training with DDP")
         for block in blocks:
             forward: Any = block.forward
             if compile and self.sharded:
                 forward = torch.compile(forward)
-            block.forward = partial(again, forward) if checkpointing else forward  # type: ignore[method-assign]
+            block.forward = partial(recomputed, forward) if checkpointing else forward  # type: ignore[method-assign]
         if self.sharded:
             self.step: Any = self._shard(step, blocks, dtype)
             return
@@ -156,18 +159,21 @@ class Parallel:
     ) -> None:
         """As `checkpoint.save`, but by all processes; what it writes does not depend on their number."""
         main = self.joined.is_main_process
-        texts = {"state.json": json.dumps(state, indent=1), **(files or {})}
-        needed = sum(tensor.numel() * tensor.itemsize for group in tensors.values() for tensor in group.values())
-        with checkpoint.writing(folder, step, keep, permanent_every, needed, main, self._agree) as aside:
-            for name, group in tensors.items() if self.sharded else ():
-                write(aside / f"{name}.safetensors", group, main)
-            if main:
-                checkpoint.put(aside, {} if self.sharded else tensors, texts)
+        share = partial(write, main=main) if self.sharded else None
+        checkpoint.save(folder, step, tensors, state, files, keep, permanent_every, main, self._agree, share)
 
     def latest(self, folder: Path) -> Path | None:
         """As `checkpoint.latest`; the main process looks, the others need not read all of a checkpoint for it."""
-        found = [checkpoint.latest(folder) if self.joined.is_main_process else None]
-        return broadcast_object_list(found)[0]
+        found: list[Any] = [None, None]
+        if self.joined.is_main_process:
+            try:
+                found[0] = checkpoint.latest(folder, tidy=True)
+            except ValueError as error:
+                found[1] = str(error)
+        path, wrong = broadcast_object_list(found)
+        if wrong:
+            raise ValueError(wrong)
+        return path
 
     def _agree(self, well: bool) -> bool:
         """Whether it is well with all processes."""
@@ -185,7 +191,7 @@ def replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def again(forward: Callable[..., Tensor], *args: Any) -> Tensor:
+def recomputed(forward: Callable[..., Tensor], *args: Any) -> Tensor:
     """forward(*args), of which the backward pass keeps the arguments only."""
     if not torch.is_grad_enabled():
         return forward(*args)
@@ -251,7 +257,11 @@ def read(file: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
         ValueError: A sharded tensor has another shape in the file.
     """
     tensors: dict[str, Tensor] = {}
-    with safe_open(file, "pt") as opened:
+    try:
+        opening = safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    with opening as opened:
         for name in opened.keys():  # noqa: SIM118 (no mapping)
             stored, mine = opened.get_slice(name), like(name)
             if not isinstance(mine, DTensor) or not stored.get_shape():

@@ -14,7 +14,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fourm import checkpoint, faults, runtime
 from fourm.logbook import Logbook
-from fourm.training.guard import Guard, Verdict
+from fourm.training.guard import LIMIT, Guard, Verdict
 from fourm.training.optim import (
     OptimConfig,
     build_optimizers,
@@ -194,7 +194,15 @@ class Trainer:
         self._final: nn.Module | None = None
         self.guard = Guard(config.spike_sigma, config.skip_steps)
         self.again: set[int] = set()  # updates the run was rewound for
+        # What a forward pass in training may change, such as codebooks.
+        self.buffers = [
+            (module, name)
+            for module in task.model.modules()
+            for name in module._buffers
+            if module._buffers[name] is not None and name not in module._non_persistent_buffers_set
+        ]
         self.step, self.tokens = 0, 0
+        self.owed = False  # an evaluation
         self.metrics: dict[str, float] = {}
         self.window = Window()
         self.terminated = False  # this process was asked to stop
@@ -223,27 +231,30 @@ class Trainer:
             if config.non_finite == "rewind" and not first:
                 self._save()  # something to rewind to
             while True:
-                if self.step > first and self._due(config.eval_every):
+                stops = self.stopping and not self._done  # what is slow has to wait
+                if (self.step > first or self.owed) and self._due(config.eval_every) and not stops:
                     self._evaluate(logbook)
-                if self.step > first and (self._due(config.save_every) or self.stopping):
+                if self.step > first and (self._due(config.save_every) or stops):
+                    self.owed = stops and self._due(config.eval_every)
                     self._save()
-                if self._done:
-                    break
-                if self.stopping:
+                if stops:
                     logbook.say(f"stopped after step {self.step}; the same command goes on from there")
+                if stops or self._done:
                     break
+                failed = self.step
                 if not self._update(updates, logbook):  # the machine may have been at fault
                     updates.close()
                     self._resume(logbook)
+                    logbook.write(self.step, {"rewound_from": failed})
                     first, self.started = self.step, (time.perf_counter(), self._progress)
                     updates = self._updates(first)
                     continue
-                if self._due(config.log_every) or self._due(config.save_every) or self.stopping:
+                if self._due(config.log_every) or self._due(config.save_every):
                     self._log(logbook)
             updates.close()
-        self._final = self._whole()
         if not self._done:
             runtime.finish(self.accelerator, 143)
+        self._final = self._whole()
         return self.metrics
 
     @contextlib.contextmanager
@@ -317,8 +328,10 @@ class Trainer:
         runtime.seed_everything(config.seed, "update", self.step, rank)
 
         counts = torch.stack([self.task.counts(batch) for batch in batches]).sum(0)
-        shared = self.accelerator.reduce(torch.cat([counts, counts.new_tensor([tokens, self.terminated])]), "sum")
-        counts, seen, self.stopping = shared[:-2], int(shared[-2]), bool(shared[-1])
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        said = torch.tensor([tokens, self.terminated], dtype=exact, device=self.device)
+        shared = self.accelerator.reduce(torch.cat([counts.to(exact), said]), "sum")
+        counts, seen, self.stopping = shared[:-2].to(counts.dtype), int(shared[-2]), bool(shared[-1])
         if config.tokens and not seen:
             raise ValueError("the run's length is given in tokens, but its batches hold none; give `steps` instead")
         # Rates are those of the update's middle: neither the first nor the last update is made with rate 0.
@@ -328,7 +341,7 @@ class Trainer:
         parts: dict[str, float] = {}
         verdict: Verdict = "asked"
         if not self.guard.leaves_out(self.step):
-            learned = {name: buffer.clone() for name, buffer in self._learned_buffers()}
+            learned = [getattr(module, name).clone() for module, name in self.buffers]
             parts, losses = self._backward(batches, counts)
             if self.rest is not None:
                 self.rest(self._progress, self._length)
@@ -339,12 +352,13 @@ class Trainer:
             for optimizer in self.optimizers:
                 optimizer.step()
         elif verdict != "asked":
-            for name, buffer in self._learned_buffers():
-                buffer.copy_(learned[name])
-            if not self._passes_over(verdict, float(total), norm, losses, batches, logbook):
-                return False
+            for (module, name), before in zip(self.buffers, learned, strict=True):
+                getattr(module, name).copy_(before)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+        bad = verdict in ("non_finite", "spike")
+        if bad and not self._passes_over(verdict, float(total), norm, losses, batches, logbook):
+            return False
         self.step, self.tokens = self.step + 1, self.tokens + seen
         seconds = time.perf_counter() - began
         if verdict == "good":
@@ -374,11 +388,6 @@ class Trainer:
             parts[name] = parts.get(name, 0.0) + value
         return parts, each
 
-    def _learned_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """What a forward pass in training changes, such as codebooks."""
-        saved = self.task.model.state_dict(keep_vars=True)
-        return ((name, tensor) for name, tensor in saved.items() if not isinstance(tensor, nn.Parameter))
-
     def _passes_over(
         self,
         verdict: Verdict,
@@ -391,7 +400,7 @@ class Trainer:
         """Says what is wrong with this update, whichever process met it; false if the run is to be rewound.
 
         Raises:
-            ValueError: It is not finite, and `non_finite` is `raise`.
+            ValueError: It is not finite, and `non_finite` is `raise`; or too many updates in a row were not good.
         """
         suspects = [number for number, each in enumerate(losses) if not all(map(math.isfinite, each.values()))]
         if verdict == "non_finite" and math.isfinite(loss):  # only the gradient is not
@@ -406,15 +415,21 @@ class Trainer:
         what += f"; samples: {', '.join(samples) or 'unnamed'}" if verdict == "non_finite" else ""
         if verdict == "non_finite" and self.config.non_finite == "raise":
             raise ValueError(f"step {self.step}: {what}")
+        if self.guard.in_a_row > LIMIT:
+            raise ValueError(f"step {self.step}: {what}; it is the {self.guard.in_a_row}th bad update in a row")
         rewinds = verdict == "non_finite" and self.config.non_finite == "rewind" and self.step not in self.again
         logbook.say(f"step {self.step} is {'tried again' if rewinds else 'skipped'}: {what}")
         if rewinds:
             self.again.add(self.step)
             return False
-        logbook.write(self.step, {"skipped": verdict, "modalities": names, "samples": samples, "loss_then": loss})
+        event = {"left_out": self.step, "why": verdict, "modalities": names, "samples": samples, "loss_then": loss}
+        logbook.write(self.step + 1, event)
         return True
 
     def _evaluate(self, logbook: Logbook) -> None:
+        self.owed = False
+        if not self.evaluators:
+            return
         model = self._whole().eval()
         found: dict[str, Any] = {}
         with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -457,6 +472,8 @@ class Trainer:
             "tokens": self.tokens,
             "metrics": self.metrics,
             "averaged": int(self.ema.n_averaged) if self.ema is not None else 0,
+            "owed": self.owed,
+            "window": self.window.state(),
             "guard": self.guard.state(),
             "fingerprints": self.fingerprints,
             "config": dataclasses.asdict(self.config),
@@ -488,9 +505,9 @@ class Trainer:
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
             self.step, self.tokens = state["step"], state["tokens"]
-            self.metrics = state["metrics"]
+            self.metrics, self.owed = state["metrics"], state["owed"]
             self.guard.load_state(state["guard"])
-            self.window = Window()
+            self.window = Window(state["window"], self.accelerator.is_main_process)
             logbook.say(f"going on from {path}")
         logbook.rewind(self.step)
         self.accelerator.wait_for_everyone()
@@ -534,10 +551,17 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
 
 
 class Window:
-    """What the updates since the last record came to."""
+    """What the updates since the last record came to.
 
-    def __init__(self) -> None:
+    Args:
+        state: What a window of an earlier process came to, for all processes.
+        main: Whether this is the process that goes on with it.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None, main: bool = True) -> None:
         self._open()
+        if state is not None:
+            vars(self).update(state, parts=[dict(part) if main else {} for part in state["parts"]])
 
     def _open(self) -> None:
         self.parts: list[dict[str, float]] = []
@@ -559,13 +583,24 @@ class Window:
         self.seconds += seconds
         self.waited += waited
 
+    def state(self) -> dict[str, Any]:
+        """What a later process needs to go on, as JSON can hold it; all processes must ask for it."""
+        parts: list[dict[str, float]] = [{} for _ in self.parts]
+        for name, value in self._sums().items():
+            update, _, figure = name.partition("/")
+            parts[int(update)][figure] = value
+        return {**vars(self), "parts": parts}
+
+    def _sums(self) -> dict[str, float]:
+        """Figures of each update over all processes, as `<update>/<figure>`."""
+        return add_up({f"{i}/{name}": part for i, each in enumerate(self.parts) for name, part in each.items()})
+
     def close(self) -> dict[str, Any]:
         """Means over updates, of each figure where it occurred; empty if there was no update. Starts anew."""
         if not self.updates:
             return {}
-        of_process = {f"{update}/{name}": part for update, each in enumerate(self.parts) for name, part in each.items()}
         values: dict[str, list[float]] = {}
-        for name, value in add_up(of_process).items():
+        for name, value in self._sums().items():
             values.setdefault(name.partition("/")[2], []).append(value)
         record = {name: sum(each) / len(each) for name, each in sorted(values.items())}
         if self.parts:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fourm.masking.budgets import Component, MaskingConfig
-from fourm.modalities import TokenSpace
-from fourm.training.planner import Cluster, describe
+from fourm.training.planner import Cluster
 from fourm.verbs import train
 
 
@@ -34,5 +33,4 @@ class Config(train.Config):
 
 def run(config: Config) -> None:
     """Prints the plan."""
-    space, cluster = TokenSpace.from_yaml(config.modalities), Cluster(config.gpus, config.gpu, config.mfu)
-    print(describe(config, config.model, space, config.masking, cluster))
+    print(train.planned(config, Cluster(config.gpus, config.gpu, config.mfu)))

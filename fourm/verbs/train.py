@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 from fourm import checkpoint, runtime
 from fourm.data.loader import Loader
-from fourm.data.mixture import MixedDataset
+from fourm.data.mixture import MixedDataset, fingerprints
 from fourm.data.texts import TextSource
 from fourm.data.tokens import TokenDataset, digest
 from fourm.evaluation.samples import Predictions
@@ -103,7 +103,8 @@ class Config(TrainConfig):
             What was matched is printed, and written to `warm_start.txt`.
         like: New modalities that start from one of `init` with the same vocabulary, such as `{places: caption}`.
         freeze: What rests until when.
-        lora: Train adapters only, and rows of new modalities; they go to `adapter` below, and into `model`.
+        lora: Train adapters only, and what is new, such as rows of new modalities. Adapters go to `adapter` below, as
+            peft loads them; `model` has all of it.
         loss: `mod`, the mean of the modalities' means, or `token`, the mean over tokens.
         on_error: What bad samples do: `raise`, or `skip` and count.
         max_bad: Share of the samples that may be skipped; more of them end the run.
@@ -173,30 +174,54 @@ def open_data(config: Config, space: TokenSpace, split: Literal["train", "val"])
     return data, maskers[0] if len(opened) == 1 else MixedMasker(maskers, data.ends)
 
 
-def start(config: Config, model: FourM, main: bool) -> Mapping[str, Sequence[Sequence[int]]]:
-    """Starts the model from `init`, but for a run that goes on; rows of its parameters that were taken over."""
+def start(config: Config, model: FourM, main: bool) -> tuple[Mapping[str, Sequence[Sequence[int]]], str]:
+    """Starts the model from `init`, but for a run that goes on.
+
+    Returns:
+        Rows of its parameters that were taken over, and from where they can be loaded (see `open_source`); what can be
+        loaded from nowhere is written to `base` in the run's folder if adapters are trained.
+    """
     if not config.init and (config.like or config.lora or any(each.what == "old" for each in config.freeze)):
         raise ValueError("like, lora and `freeze` of what is old need a model to start from (`init`)")
     if config.lora and config.freeze:
         raise ValueError("lora freezes all that is old in any case; leave `freeze` out")
     if not config.init:
-        return {}
-    record = Path(config.folder) / "warm_start.json"
-    if record.is_file() and checkpoint.latest(config.folder):
-        return checkpoint.read_json(record)
-    plan = warm_start(model, open_source(config.init), config.like)
+        return {}, ""
+    folder = Path(config.folder).resolve()
+    record = folder / "warm_start.json"
+    # The trainer finds out which one is whole, and stops where none is.
+    if record.is_file() and any(folder.glob(f"checkpoint-*/{checkpoint.MANIFEST}")):
+        known = checkpoint.read_json(record)
+        return known["kept"], known["base"]
+    source, base = open_source(config.init)
+    plan = warm_start(model, source, config.like)
+    if config.lora and not base:
+        base = str(folder / "base")
+        if main:
+            source.save_pretrained(base)
     if main:
         text = "\n".join([f"starting from {config.init}", *plan.lines])
         print(text)
         record.with_suffix(".txt").write_text(text + "\n")
-        record.write_text(json.dumps(plan.kept))
-    return plan.kept
+        record.write_text(json.dumps({"base": base, "kept": plan.kept}))
+    return plan.kept, base
+
+
+def planned(config: Config, cluster: Cluster) -> str:
+    """What the run takes, as text."""
+    text = describe(config, config.model, TokenSpace.from_yaml(config.modalities), config.masking, cluster)
+    if config.lora or config.freeze:
+        text += (
+            "\n`lora` and `freeze` are not taken into account: weights that never move need neither gradients nor "
+            "optimiser state, and less time"
+        )
+    return text
 
 
 def run(config: Config) -> None:
     """Trains, watches the loss on the validation split, and writes the finished model."""
     if config.dry_run:
-        print(describe(config, config.model, TokenSpace.from_yaml(config.modalities), config.masking, Cluster()))
+        print(planned(config, Cluster()))
         return
     joined = runtime.accelerator()
     folder = Path(config.folder)
@@ -205,9 +230,10 @@ def run(config: Config) -> None:
     space = TokenSpace.from_yaml(config.modalities)
     runtime.seed_everything(config.seed, "model")
     model = FourM(config.model, space)
-    kept = start(config, model, joined.is_main_process)
+    kept, base = start(config, model, joined.is_main_process)
     flops = 0.0 if config.lora or config.freeze else flops_per_token(model, config.masking)
-    rest = Rest(model, [Freeze("old")] if config.lora else config.freeze, kept)
+    phases = [Freeze("old")] if config.lora else config.freeze
+    rest = Rest(model, phases, kept) if phases else None
     if config.lora:
         inject_lora(model, config.lora.rank, config.lora.scale, config.lora.targets)
     task = MaskedTask(model, config.loss)
@@ -224,16 +250,22 @@ def run(config: Config) -> None:
         return total | {f"faults/{reason}": float(count) for reason, count in met.items()}
 
     evaluators: dict[str, Evaluator] = {"val": held_out, "data": faults}
-    if config.tokenizers:
-        evaluators["samples"] = Predictions(space, load_tokenizers(space, config.tokenizers, str(joined.device)), val)
-    prints = {"modalities": digest(*map(str, space.modalities.items())), **train.fingerprints()}
+    if config.tokenizers and joined.is_main_process:  # the others would make the same sheet
+        evaluators["samples"] = Predictions(
+            space, lambda name: load_tokenizers(space.subset([name]), config.tokenizers, str(joined.device))[name], val
+        )
+    maskings = [each.config for each in getattr(masker, "maskers", [masker])]
+    prints = fingerprints(space, train, val, maskings)
     card = {"config.json": model.config_json()}
     trainer = Trainer(config, task, loader, evaluators, folder, card, prints, flops, rest=rest)
     trainer.fit()
     if joined.is_main_process:
         final = cast(FourM, trainer.final_model)
         if config.lora:
-            save_adapter(final, folder / "adapter", config.init)
+            save_adapter(final, folder / "adapter", base)
+            new = [name for name, weight in model.named_parameters() if weight.requires_grad and ".lora_" not in name]
+            if new:
+                print(f"{folder / 'adapter'}: adapters only; `model` alone has what is new, in {', '.join(new)}")
             fuse_lora(final)
         if config.calibrate:
             validation = Loader(val, size, val_masker, config.seed).batches()

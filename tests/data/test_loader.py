@@ -1,5 +1,9 @@
 import itertools
+import os
+import signal
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,3 +165,32 @@ def test_accumulated_batches_are_the_same_samples():
     ranks = [take(Loader(dataset, GLOBAL // 4, both, 5, 0, rank, 2), 18) for rank in range(2)]
     updates = [sorted(d for rank in ranks for _, draws in rank[2 * k : 2 * k + 2] for d in draws) for k in range(9)]
     assert updates == [sorted(step) for step in wanted]
+
+
+def test_workers_end_with_a_killed_parent():
+    """A worker of a process that is killed at once, before torch's own watch has begun."""
+    ours, theirs = os.pipe()
+    parent = os.fork()
+    if not parent:
+
+        class Slow:
+            def __len__(self):
+                return 8
+
+            def __getitem__(self, i):
+                os.write(theirs, f"{os.getpid()} ".encode())
+                time.sleep(60)
+
+        next(Loader(Slow(), 1, lambda samples, draws: samples, seed=0, workers=1).batches())
+        os._exit(0)
+    os.close(theirs)
+    worker = int(os.read(ours, 20).split()[0])
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    for _ in range(100):
+        status = Path(f"/proc/{worker}/stat")
+        if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.02)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker lives on")

@@ -6,9 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fourm.evaluation import samples
 from fourm.evaluation.samples import SIZE, Predictions, Reconstructions
+from fourm.tokenization.autoencoder import ImageTokenizer, TokenizerConfig
+from fourm.tokenization.backbones import BackboneConfig
+from fourm.tokenization.diffusion import DiffusionConfig
+from fourm.tokenization.inputs import KINDS, InputConfig
+from fourm.tokenization.quantizers import QuantizerConfig
 
 spec = importlib.util.spec_from_file_location("world", Path(__file__).with_name("test_report.py"))
 world = sys.modules["world"] = importlib.util.module_from_spec(spec)
@@ -41,7 +47,7 @@ def test_predictions_stand_below_the_truth(monkeypatch):
     monkeypatch.setattr(samples, "Sampler", Knowing)
     for wrong in (0, -128):
         monkeypatch.setattr(Knowing, "wrong", wrong)
-        sheets.append(Predictions(GRIDS, world.TOKENIZERS, tokens)("model", 0))
+        sheets.append(Predictions(GRIDS, world.TOKENIZERS.get, tokens)("model", 0))
     (known, guessed) = (sheet["from_rgb"] for sheet in sheets)
     assert known.size == (3 * (SIZE + 8), 8 * (SIZE + 28))  # given, elevation and water of four samples
     for row in range(0, 8, 2):
@@ -56,12 +62,31 @@ def test_predictions_stand_below_the_truth(monkeypatch):
 def test_samples_that_lack_what_is_given_are_left_out():
     tokens = world.world(6)[1]
     words = [{"__key__": "words", "caption": sample.pop("caption")} for sample in tokens]
-    shown = Predictions(world.SPACE, world.TOKENIZERS, words[1:] + tokens)
+    shown = Predictions(world.SPACE, world.TOKENIZERS.get, words[1:] + tokens)
     assert shown.given == "rgb" and [sample["__key__"] for sample in shown.samples] == ["000", "001", "003", "004"]
     assert shown.targets == ["elevation", "water"]
-    assert Predictions(world.SPACE, world.TOKENIZERS, words + tokens[1:]).given == "caption"
+    assert Predictions(world.SPACE, world.TOKENIZERS.get, words + tokens[1:]).given == "caption"
     with pytest.raises(ValueError, match="none of 2 samples has anything that may be given"):
-        Predictions(world.SPACE, world.TOKENIZERS, [{"__key__": "a"}, {"__key__": "b"}])
+        Predictions(world.SPACE, world.TOKENIZERS.get, [{"__key__": "a"}, {"__key__": "b"}])
+
+
+def test_only_what_is_shown_needs_a_tokenizer(capsys):
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        if name in ("elevation", "caption"):
+            raise ValueError("no such folder")
+        return world.TOKENIZERS[name]
+
+    tokens = world.world(6)[1]
+    shown = Predictions(GRIDS, load, tokens)
+    assert asked == ["elevation", "water"] and shown.targets == ["water"]
+    assert "samples: elevation is not shown: no such folder" in capsys.readouterr().out
+    words = world.SPACE.subset(["caption", "water"])
+    assert Predictions(words, load, tokens).given == "water"  # none of the tokenizers of captions
+    with pytest.raises(ValueError, match="tokenizers: there is none of anything that samples may be given: caption"):
+        Predictions(world.SPACE.subset(["caption"]), load, tokens)
 
 
 def test_reconstructions_stand_below_originals():
@@ -79,3 +104,29 @@ def test_reconstructions_stand_below_originals():
     for column in range(8):
         assert np.array_equal(cell(exact, 0, column), cell(exact, 1, column))
         assert np.array_equal(cell(brighter, 0, column) + 9, cell(brighter, 1, column))
+
+
+RAW = {
+    "image": np.zeros((16, 16, 3), np.uint8),
+    "normal": np.full((16, 16, 3), 200, np.uint8),
+    "field": np.full((16, 16), 0.5, np.float32),
+    "depth": np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16),
+    "classes": np.zeros((16, 16), np.uint8),
+    "mask": np.ones((16, 16), bool),
+    "features": np.ones((16, 16, 3), np.float32),
+    "spectrogram": np.sin(np.arange(16 * 64, dtype=np.float32)),
+}
+UNET = {"denoiser": "unet_patched", "denoiser_options": {"model_channels": 32, "num_res_blocks": 1,
+        "channel_mult": (1, 1), "attention_resolutions": (2,)}, "diffusion": DiffusionConfig(steps=2)}  # fmt: skip
+LOSS = {"classes": "cross_entropy", "mask": "binary_cross_entropy"}
+
+
+@pytest.mark.parametrize(("kind", "denoiser"), [*((kind, {}) for kind in KINDS), ("depth", UNET)])
+def test_reconstructions_while_training_in_bfloat16(kind, denoiser):
+    source = InputConfig(kind, (16, 16), classes=3 * (kind == "classes"), window=128, hop=64)
+    backbone = BackboneConfig(patch_size=8, width=8, heads=1)
+    config = TokenizerConfig(source, QuantizerConfig("fsq"), backbone, loss=LOSS.get(kind, "mse"), **denoiser)
+    dataset = [{"__key__": str(row), "raw": RAW[kind]} for row in range(2)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        page = Reconstructions(dataset, "raw")(ImageTokenizer(config).eval(), 0)["reconstructions"]
+    assert page.height == 2 * (SIZE + 28)

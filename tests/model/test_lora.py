@@ -11,7 +11,7 @@ from fourm.modalities import Modality, TokenSpace
 from fourm.model.attention import Blocks
 from fourm.model.config import FourMConfig
 from fourm.model.fourm import FourM
-from fourm.model.lora import LoRALinear, adapters, fuse_lora, inject_lora, load_adapter, save_adapter
+from fourm.model.lora import LoRALinear, adapters, base_of, fuse_lora, inject_lora, load_adapter, save_adapter
 
 SPACE = TokenSpace({"depth": Modality("grid", vocab_size=7, grid=(2, 2))})
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
@@ -93,6 +93,26 @@ def test_other_adapters_are_refused(model, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(card | {"use_dora": True}))
     with pytest.raises(ValueError, match="'use_dora': True"):
         load_adapter(model, tmp_path)
+
+
+def test_a_card_may_lack_what_is_plain_but_not_the_strength(model, tmp_path):
+    base = copy.deepcopy(model)
+    inject_lora(model, rank=2, scale=0.5)
+    stir(model)
+    save_adapter(model, tmp_path, "some/base")
+    path = tmp_path / "adapter_config.json"
+    card = {"lora_alpha": json.loads(path.read_text())["lora_alpha"], "alpha_pattern": {"kv": 2.0}}
+    path.write_text(json.dumps(card))
+    load_adapter(base, tmp_path)
+    scales = {name.rpartition(".")[2]: layer.scale for name, layer in adapters(base).items()}
+    assert scales == {"qkv": 0.5, "proj": 1.5, "q": 1.5, "kv": 0.5}  # 3 / rank, and 2 / rank of kv
+    assert torch.equal(adapters(base)["encoder.0.attn.qkv"].lora_up.weight, model.encoder[0].attn.qkv.lora_up.weight)
+    path.write_text(json.dumps({"alpha_pattern": None, "base_model_name_or_path": 3}))
+    fuse_lora(base)
+    with pytest.raises(ValueError, match=r"adapter_config.json has no `lora_alpha`, the strength of"):
+        load_adapter(base, tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_config.json does not say which model"):
+        base_of(tmp_path)
 
 
 def test_errors(model):

@@ -98,6 +98,18 @@ def test_old_modalities_are_said_bit_for_bit_as_before(tied, shared):
     assert losses(model) == before
 
 
+@torch.no_grad()
+def test_a_shared_row_is_the_encoders():
+    rows = OLD | {"depth": dataclasses.replace(OLD["depth"], input=False)}
+    source, model = made(rows, share_modality_embeddings=False), made(rows, seed=1, share_modality_embeddings=True)
+    plan = warm_start(model, source)
+    for name in rows:
+        side = "decoder_embeddings" if name == "depth" else "encoder_embeddings"
+        assert torch.equal(row(model, "encoder_embeddings", name), row(source, side, name)), name
+    assert plan.lines[-1].endswith("shared modality embeddings are those of the source's encoder")
+    assert len(plan.kept["encoder_embeddings.modality"]) == len(rows)
+
+
 def table(model, side, name):
     return getattr(model, side).tokens.weight[getattr(model, side).vocabulary(name)]
 
@@ -227,17 +239,18 @@ def test_sources(tmp_path):
     model = made({"caption": Modality("text", vocab_size=30000, max_tokens=256)}, blank_hidden=True)
     model.save_pretrained(tmp_path / "run" / "model")
     model.save_official(tmp_path / "theirs.safetensors")
-    for path in ("run/model", "run", "theirs.safetensors"):
-        found = open_source(tmp_path / path).state_dict()
-        assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    for path, at in (("run/model", "run/model"), ("run", "run/model"), ("theirs.safetensors",) * 2):
+        found, base = open_source(tmp_path / path)
+        assert all(torch.equal(found.state_dict()[name], value) for name, value in model.state_dict().items())
+        assert base == str(tmp_path / at)
     inject_lora(model, rank=2)
     for layer in (module for name, module in model.named_modules() if name.endswith("lora_up")):
         nn.init.normal_(layer.weight)
     save_adapter(model, tmp_path / "adapter", str(tmp_path / "run"))
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["peft_type"] == "LORA"
     given, asked = [("caption", 0, 7), ("caption", 1, 9)], [("caption", 2, 5, 100), ("caption", 3, 100, 3)]
-    adapted, fused = losses(model, given, asked), losses(open_source(tmp_path / "adapter"), given, asked)
-    assert fused == pytest.approx(adapted, rel=1e-4)
-    assert losses(open_source(tmp_path / "run"), given, asked) != pytest.approx(adapted, rel=1e-2)
+    (found, base), adapted = open_source(tmp_path / "adapter"), losses(model, given, asked)
+    assert losses(found, given, asked) == pytest.approx(adapted, rel=1e-4) and base == ""
+    assert losses(open_source(tmp_path / "run")[0], given, asked) != pytest.approx(adapted, rel=1e-2)
     with pytest.raises(ValueError, match="neither an existing folder nor a hub id"):
         open_source("nowhere")

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -12,6 +13,14 @@ def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
+
+
+def ending(process):
+    """What a process printed; an error if it failed."""
+    said = process.communicate(timeout=240)[0]
+    if process.returncode:
+        raise RuntimeError(f"status {process.returncode}: {said}")
+    return said
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +40,13 @@ def launch():
             )
             for rank in range(processes)
         ]
-        outputs = [process.communicate(timeout=240)[0] for process in started]
-        assert [process.returncode for process in started] == [0] * processes, "\n".join(outputs)
+        with ThreadPoolExecutor(processes) as pool:
+            waiting = [pool.submit(ending, process) for process in started]
+            wait(waiting, return_when="FIRST_EXCEPTION")
+            for process in started:
+                process.kill()  # those that would wait for one that is gone
+        outputs = [str(each.exception() or each.result()) for each in waiting]
+        assert not any(each.exception() for each in waiting), "\n".join(outputs)
         return outputs
 
     return start

@@ -93,10 +93,10 @@ def failing(joined, folder):
     """A sharded run whose second process cannot write its part of checkpoint-6; what each process says."""
     write = parallel.write
 
-    def full(file, *rest):
+    def full(file, *rest, **more):
         if joined.process_index == 1 and "checkpoint-6" in str(file):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(file, *rest)
+        write(file, *rest, **more)
 
     parallel.write = full
     try:
