@@ -7,6 +7,7 @@ times that were taken in turn in one run, or CPU seconds of one thread.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import multiprocessing
 import os
 import resource
@@ -296,7 +297,7 @@ def packing(batch: int = 8, steps: int = 3, rounds: int = 2) -> None:
     losses = {True: [0.0] * steps, False: [0.0] * steps}
 
     def step(number: int, packed: bool) -> None:
-        model.packed = packed
+        model.config = dataclasses.replace(model.config, packed=packed)
         loss = model.loss(batches[number])["loss"]
         loss.backward()
         losses[packed][number] = float(loss.detach())

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 Draw = tuple[int, int]  # epoch and index of a sample
 Collate = Callable[[list[Any], list[Draw]], Any]
 WINDOW = 64  # shards whose samples are mixed
+GRACE = 30  # seconds between SIGTERM and the end of a worker
 
 
 class Order:
@@ -106,7 +107,7 @@ def _end_with(parent: int, _: int) -> None:
     Clusters send SIGTERM to all processes of a group, of which the one that trains goes on for a while; and when that
     is killed, torch's own watch may not have begun.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of prctl.h
         if os.getppid() != parent:

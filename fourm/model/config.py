@@ -35,6 +35,7 @@ class FourMConfig:
         norm_bias: Learned bias in layer norms.
         qk_norm: Normalise queries and keys per head.
         registers: Learned tokens added to every encoder input.
+        zero_init: Output projections of attention and MLP start at 0, so that every block starts as nothing at all.
         drop_path: Stochastic depth at the last block, rising from 0.
         share_modality_embeddings: One modality table for both sides.
         tied_head: Score tokens with the decoder's token table.
@@ -44,6 +45,7 @@ class FourMConfig:
         decoder_separate: Decoder tokens see their own modality only; if not, also all that stands before it.
         attention: What computes attention, no part of the weights: `sdpa` (torch's own, everywhere), `flex`
             (FlexAttention: CUDA, and on CPU without gradients) or `xformers` (CUDA).
+        packed: Compute no empty slots (off for comparison only), no part of the weights either.
     """
 
     size: str = "base"
@@ -59,6 +61,7 @@ class FourMConfig:
     norm_bias: bool = False
     qk_norm: bool = False
     registers: int = 0
+    zero_init: bool = False
     drop_path: float = 0.0
     share_modality_embeddings: bool = True
     tied_head: bool = True
@@ -66,6 +69,7 @@ class FourMConfig:
     decoder_causal: bool = False
     decoder_separate: bool = True
     attention: str = "sdpa"
+    packed: bool = True
 
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION:

@@ -92,7 +92,6 @@ class FourM(nn.Module):
     def __init__(self, config: FourMConfig, space: TokenSpace):
         super().__init__()
         self.config, self.space = config, space
-        self.packed = True  # compute no empty slots; off for comparison only
         dim = config.dim
         rows = space.names if config.share_modality_embeddings else None
         self.encoder_embeddings = Embeddings(space, dim, space.inputs(), rows=rows)
@@ -118,12 +117,17 @@ class FourM(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialises every parameter (4M's scheme): Xavier for matrices, each packed projection as its own matrix."""
+        """Initialises every parameter (4M's scheme): Xavier for matrices, each packed projection as its own matrix.
+
+        With `zero_init` the last matrix of every branch is 0 instead (Zhang et al. 2019, Fixup).
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 packed = {"qkv": 3, "kv": 2}.get(name.rsplit(".", 1)[-1], 1)
                 bound = (6 / (module.out_features / packed + module.in_features)) ** 0.5
                 nn.init.uniform_(module.weight, -bound, bound)
+                if self.config.zero_init and name.endswith((".proj", ".fc2")):
+                    nn.init.zeros_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for side in (self.encoder_embeddings, self.decoder_embeddings):
@@ -159,7 +163,7 @@ class FourM(nn.Module):
         mod = F.pad(batch.mod, (registers, 1), value=-1)
         given = mod >= 0
         given[:, :registers] = True
-        used = torch.cat([given[:, :-1], ~given.any(1, keepdim=True)], 1) | (not self.packed)
+        used = torch.cat([given[:, :-1], ~given.any(1, keepdim=True)], 1) | (not self.config.packed)
         slots = used.flatten().nonzero()[:, 0]
         ids, pos, mod = (column.flatten()[slots] for column in (*columns, mod))
         order, width = used.flatten().cumsum(0) - 1, batch.mod.shape[1]
@@ -171,7 +175,7 @@ class FourM(nn.Module):
         numbers = torch.stack([used.sum(1), given.sum(1)])
         lengths, before = numbers.tolist()
         ranges = None
-        if not self.packed:  # given tokens see each other, empty slots too
+        if not self.config.packed:  # given tokens see each other, empty slots too
             split = (numbers[0].cumsum(0) - numbers[0] + numbers[1])[slots // used.shape[1]]
             known, length, some = given.flatten()[slots], *numbers[:, slots // used.shape[1]]
             ranges = torch.where(known, split - some, split), torch.where(known, split, split - some + length)
@@ -183,7 +187,7 @@ class FourM(nn.Module):
     def decode(self, batch: MaskedBatch, context: Context, table: Tensor | None = None) -> Tensor:
         """Runs the decoder over the asked tokens: (B, M, D), zeros where a slot is empty; `table` as in `look_up`."""
         side, (rows, width) = self.decoder_embeddings, batch.target_mod.shape
-        used = (batch.target_mod >= 0) | (not self.packed)
+        used = (batch.target_mod >= 0) | (not self.config.packed)
         slots = used.flatten().nonzero()[:, 0]
         fed, pos, mod = (column.flatten()[slots] for column in (batch.target_in, batch.target_pos, batch.target_mod))
         tokens = side.look_up(fed, mod, table)
@@ -317,8 +321,9 @@ class FourM(nn.Module):
         save_file(self.unique_state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
     def config_json(self) -> str:
-        """All that rebuilds the model but its weights; not what computes its attention."""
-        shape = {key: value for key, value in dataclasses.asdict(self.config).items() if key != "attention"}
+        """All that rebuilds the model but its weights; not how it is computed."""
+        how = ("attention", "packed")
+        shape = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in how}
         card = {"model": shape, "modalities": self.space.to_dict()}
         return json.dumps(card, indent=2) + "\n"
 

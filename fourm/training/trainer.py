@@ -223,11 +223,12 @@ class Trainer:
         with (
             self._listening(),
             Logbook(self.folder, config.trackers, config.project, dataclasses.asdict(config), writes) as logbook,
+            contextlib.ExitStack() as opened,
         ):
             self._resume(logbook)
             first = self.step
             self.started = (time.perf_counter(), self._progress)
-            updates = self._updates(first)
+            updates = opened.enter_context(contextlib.closing(self._updates(first)))
             if config.non_finite == "rewind" and not first:
                 self._save()  # something to rewind to
             while True:
@@ -243,15 +244,14 @@ class Trainer:
                     break
                 failed = self.step
                 if not self._update(updates, logbook):  # the machine may have been at fault
-                    updates.close()
+                    opened.close()
                     self._resume(logbook)
                     logbook.write(self.step, {"rewound_from": failed})
                     first, self.started = self.step, (time.perf_counter(), self._progress)
-                    updates = self._updates(first)
+                    updates = opened.enter_context(contextlib.closing(self._updates(first)))
                     continue
                 if self._due(config.log_every) or self._due(config.save_every):
                     self._log(logbook)
-            updates.close()
         if not self._done:
             runtime.finish(self.accelerator, 143)
         self._final = self._whole()

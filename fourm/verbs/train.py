@@ -143,6 +143,7 @@ class Config(TrainConfig):
         "calibrate",
         "dry_run",
         "model.attention",
+        "model.packed",
     }
 
 

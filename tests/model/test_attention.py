@@ -137,7 +137,7 @@ def test_packing_and_backends_change_nothing(fields):
     rows = batch(FIRST, {"in": [], "out": SECOND["out"]}, SECOND, {"in": FIRST["in"], "out": []}, inputs=9, targets=7)
     found, gradients = [], []
     for packed in (True, False):
-        model.packed = packed
+        model.config = dataclasses.replace(model.config, packed=packed)
         model.zero_grad()
         losses = model.loss(rows)
         losses["loss"].backward()
@@ -146,8 +146,8 @@ def test_packing_and_backends_change_nothing(fields):
     torch.testing.assert_close(*found, atol=1e-5, rtol=0)
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=0)
     with torch.no_grad():
-        model.config = dataclasses.replace(model.config, attention="flex")
-        for model.packed in (True, False):
+        for packed in (True, False):
+            model.config = dataclasses.replace(model.config, attention="flex", packed=packed)
             torch.testing.assert_close(model.loss(rows), found[0], atol=1e-5, rtol=0)
 
 

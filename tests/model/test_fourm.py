@@ -183,6 +183,19 @@ def test_save_and_load_give_the_same_model(model, tmp_path):
     assert again.encoder_embeddings.modality is again.decoder_embeddings.modality
 
 
+def test_blocks_that_start_at_zero_change_nothing_and_learn():
+    torch.manual_seed(0)
+    fresh = FourM(dataclasses.replace(CONFIG, zero_init=True), SPACE)
+    rows = batch(FIRST, SECOND)
+    asked = fresh(rows)
+    for block in fresh.encoder:
+        torch.nn.init.normal_(block.mlp.fc1.weight)
+    assert torch.equal(fresh(rows), asked)
+    fresh.loss(rows)["loss"].backward()
+    ends = [block.self_attn.proj for block in fresh.decoder] + [block.mlp.fc2 for block in fresh.decoder]
+    assert all(not end.weight.any() and end.weight.grad.any() for end in ends)
+
+
 def test_every_parameter_gets_a_gradient_and_is_initialised(model):
     fresh = FourM(CONFIG, SPACE)
     assert all(parameter.isfinite().all() and parameter.abs().max() < 3 for parameter in fresh.parameters())

@@ -11,11 +11,9 @@ import yaml
 from fourm import checkpoint, cli, faults, logbook
 from fourm.data.shards import write_shards
 from fourm.masking.masking import Masker
-from fourm.model.fourm import FourM
 from fourm.tokenization.quantizers import EMACodebook
 from fourm.tokenization.task import TokenizerTask
 from fourm.training.tasks import MaskedTask, keys_of
-from fourm.verbs import train
 
 TABLE = {
     "tok": {"kind": "grid", "vocab_size": 20, "grid": [2, 2]},
@@ -117,14 +115,8 @@ def test_model(seen, monkeypatch, sets, packed):
     mixture = [{"path": "one", "weight": 0.5}, {"path": "two", "weight": 0.3},
                {"path": "maps", "weight": 0.2, "modalities": ["tok", "depth"]}]  # fmt: skip
     Path("table.yaml").write_text(yaml.safe_dump(TABLE, sort_keys=False))
-    Path("config.yaml").write_text(yaml.safe_dump(TRAIN | {"data": "one" if sets == 1 else mixture}))
-
-    def model(config, space):
-        made = FourM(config, space)
-        made.packed = packed
-        return made
-
-    monkeypatch.setattr(train, "FourM", model)
+    changed = {"data": "one" if sets == 1 else mixture, "model": TRAIN["model"] | {"packed": packed}}
+    Path("config.yaml").write_text(yaml.safe_dump(TRAIN | changed))
     cli.main(["train", "--config", "config.yaml", "--folder", "whole"])
     whole = outcome("whole", seen)
     words = ("train", "--config", "config.yaml", "--folder", "parts", "--workers")
