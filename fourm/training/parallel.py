@@ -147,20 +147,10 @@ class Parallel:
         gathered = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors}
         return replaced(self.skeleton, gathered).to(self.joined.device)
 
-    def save(
-        self,
-        folder: Path,
-        step: int,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        state: Mapping[str, Any],
-        files: Mapping[str, str] | None = None,
-        keep: int = 2,
-        permanent_every: int = 0,
-    ) -> None:
-        """As `checkpoint.save`, but by all processes; what it writes does not depend on their number."""
-        main = self.joined.is_main_process
-        share = partial(write, main=main) if self.sharded else None
-        checkpoint.save(folder, step, tensors, state, files, keep, permanent_every, main, self._agree, share)
+    @property
+    def write(self) -> Callable[[Path, Mapping[str, Tensor]], None] | None:
+        """What `checkpoint.save` needs so that a checkpoint does not depend on the number of processes."""
+        return partial(write, main=self.joined.is_main_process) if self.sharded else None
 
     def latest(self, folder: Path) -> Path | None:
         """As `checkpoint.latest`; the main process looks, the others need not read all of a checkpoint for it."""
@@ -175,7 +165,7 @@ class Parallel:
             raise ValueError(wrong)
         return path
 
-    def _agree(self, well: bool) -> bool:
+    def agree(self, well: bool) -> bool:
         """Whether it is well with all processes."""
         return not self.joined.reduce(torch.tensor(float(not well), device=self.joined.device), "sum")
 

@@ -478,8 +478,18 @@ class Trainer:
             "fingerprints": self.fingerprints,
             "config": dataclasses.asdict(self.config),
         }
-        keep = (self.config.keep, self.config.permanent_every)
-        self.parallel.save(self.folder, self.step, self._tensors(), state, self.files, *keep)
+        checkpoint.save(
+            self.folder,
+            self.step,
+            self._tensors(),
+            state,
+            self.files,
+            self.config.keep,
+            self.config.permanent_every,
+            self.accelerator.is_main_process,
+            self.parallel.agree,
+            self.parallel.write,
+        )
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds."""
