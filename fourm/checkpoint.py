@@ -62,60 +62,32 @@ def save(
         files: Further text files by name, such as the model's `config.json`.
         keep: How many checkpoints to leave; 0 leaves all.
         permanent_every: Those of a multiple of this step are never removed, and do not count; 0 for none.
-        main: See `writing`.
-        agree: See `writing`.
+        main: Whether this is the process that makes the folder and completes it. Several processes write together where
+            each calls this, on a folder that all of them see.
+        agree: Waits for all processes, and says whether all of them were given True.
         write: Writes this process's share of a group into its file; default: the main process writes all.
 
     Raises:
-        OSError: The disk is full or broken; earlier checkpoints are untouched.
-    """
-    texts = {"state.json": json.dumps(state, indent=1), **(files or {})}
-    needed = sum(tensor.numel() * tensor.itemsize for group in tensors.values() for tensor in group.values())
-    needed += sum(len(text.encode()) for text in texts.values())
-    with writing(folder, step, keep, permanent_every, needed, main, agree) as aside:
-        if write is not None:
-            for name, group in tensors.items():
-                write(aside / f"{name}.safetensors", group)
-        if main:
-            put(aside, {} if write is not None else tensors, texts)
-    return Path(folder) / f"checkpoint-{step}"
-
-
-@contextlib.contextmanager
-def writing(
-    folder: str | Path,
-    step: int,
-    keep: int = 2,
-    permanent_every: int = 0,
-    needed: int = 0,
-    main: bool = True,
-    agree: Callable[[bool], bool] = bool,
-) -> Iterator[Path]:
-    """A hidden folder to write a checkpoint into, by `put` or otherwise; at the end it becomes one.
-
-    Several processes write together where each enters this, on a folder that all of them see. One must put
-    `state.json`.
-
-    Args:
-        folder: The run's folder.
-        step: See `save`.
-        keep: See `save`.
-        permanent_every: See `save`.
-        needed: Bytes of the whole checkpoint.
-        main: Whether this is the process that makes the folder and completes it.
-        agree: Waits for all processes, and says whether all of them were given True.
-
-    Raises:
-        OSError: The disk is full or broken here or in another process; earlier checkpoints are untouched.
+        OSError: The disk is full or broken, here or in another process; earlier checkpoints are untouched.
     """
     folder = Path(folder)
     final, aside = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
+    texts = {"state.json": json.dumps(state, indent=1), **(files or {})}
+    needed = sum(tensor.numel() * tensor.itemsize for group in tensors.values() for tensor in group.values())
+    needed += sum(len(text.encode()) for text in texts.values())
     try:
         with _together(agree):
             if main:
                 _begin(aside, needed)
         with _together(agree):
-            yield aside
+            for name, group in tensors.items():
+                if write is not None:
+                    write(aside / f"{name}.safetensors", group)
+                elif main:
+                    _write(aside / f"{name}.safetensors", group)
+            for name, text in texts.items() if main else ():
+                faults.reach("write")
+                (aside / name).write_text(text)
         with _together(agree):
             if main:
                 _write_manifest(aside)
@@ -132,19 +104,7 @@ def writing(
         if number in (errno.ENOSPC, errno.EDQUOT):
             space = f"; it needs over {needed:,} bytes, and {shutil.disk_usage(folder).free:,} are free"
         raise OSError(number, f"{final} is not written: {error}{space}; earlier checkpoints are whole") from error
-
-
-def put(
-    aside: Path, tensors: Mapping[str, Mapping[str, Tensor]] | None = None, texts: Mapping[str, str] | None = None
-) -> None:
-    """Writes groups of tensors, one safetensors file each, and text files by name into the folder of `writing`."""
-    for name, group in (tensors or {}).items():
-        faults.reach("write")
-        save_file(unshared(group), aside / f"{name}.safetensors", metadata={"format": "pt"})
-        (aside / f"{name}.safetensors").chmod(aside.stat().st_mode & 0o666)  # safetensors makes it the owner's only
-    for name, text in (texts or {}).items():
-        faults.reach("write")
-        (aside / name).write_text(text)
+    return final
 
 
 def latest(folder: str | Path, tidy: bool = False) -> Path | None:
@@ -259,16 +219,20 @@ def _begin(aside: Path, needed: int) -> None:
     aside.mkdir()
 
 
+def _write(file: Path, group: Mapping[str, Tensor]) -> None:
+    faults.reach("write")
+    save_file(unshared(group), file, metadata={"format": "pt"})
+    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes it the owner's only
+
+
 def _write_manifest(aside: Path) -> None:
     """Flushes all files, and lists them."""
-    inside = sorted(aside.rglob("*"))
-    files = [path for path in inside if path.is_file()]
+    files = sorted(aside.iterdir())
     with ThreadPoolExecutor() as pool:
-        fingerprints = pool.map(_fingerprint, files)
-        manifest = {path.relative_to(aside).as_posix(): each for path, each in zip(files, fingerprints, strict=True)}
-    for path in inside:
+        manifest = {file.name: each for file, each in zip(files, pool.map(_fingerprint, files), strict=True)}
+    for file in files:
         faults.reach("write")
-        flush(path)
+        flush(file)
     faults.reach("write")
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (aside / MANIFEST, aside):

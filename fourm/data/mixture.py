@@ -7,19 +7,15 @@ which data set a draw takes, and how many it took before, follows from the numbe
 from __future__ import annotations
 
 import functools
-import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from fourm.data.loader import Draw, Order
-from fourm.data.tokens import digest
-from fourm.modalities import TokenSpace
 
 BLOCK = 1000
 
@@ -132,22 +128,3 @@ class MixedDataset:
         number = bisect_right(self.ends, i)
         own = i - self.ends[number] + len(self.datasets[number])
         return self.datasets[number][(draw[0], own) if isinstance(draw, tuple) else own]
-
-
-def fingerprints(space: TokenSpace, train: Any, val: Any, maskings: Sequence[Any]) -> dict[str, str]:
-    """What a run is made with, by names that say what has changed where a value is another one.
-
-    Args:
-        space: The modalities. All of a row counts, but for where its tokens came from (`source`, `tokenizer`).
-        train: The data set of training.
-        val: That of the held-out loss.
-        maskings: A `MaskingConfig` for each of the data sets of training.
-    """
-    prints = {"modalities of the model": ", ".join(space.names)}
-    for name, row in space.modalities.items():
-        fields = asdict(row) | {"vocab": row.vocab or name, "source": None, "tokenizer": None}
-        prints[f"modality {name}"] = digest(json.dumps(fields, sort_keys=True))
-    for i, masking in enumerate(maskings, 1):
-        masked = f"masking of data set {i}" if len(maskings) > 1 else "masking"
-        prints[masked] = digest(json.dumps(asdict(masking), sort_keys=True))
-    return prints | train.fingerprints() | {f"val {name}": value for name, value in val.fingerprints().items()}

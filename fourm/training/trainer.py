@@ -198,8 +198,8 @@ class Trainer:
         self.buffers = [
             (module, name)
             for module in task.model.modules()
-            for name in module._buffers
-            if module._buffers[name] is not None and name not in module._non_persistent_buffers_set
+            for name, _ in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
         ]
         self.step, self.tokens = 0, 0
         self.owed = False  # an evaluation

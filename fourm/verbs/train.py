@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 from fourm import checkpoint, runtime
 from fourm.data.loader import Loader
-from fourm.data.mixture import MixedDataset, fingerprints
+from fourm.data.mixture import MixedDataset
 from fourm.data.texts import TextSource
 from fourm.data.tokens import TokenDataset, digest
 from fourm.evaluation.samples import Predictions
@@ -175,6 +175,25 @@ def open_data(config: Config, space: TokenSpace, split: Literal["train", "val"])
     return data, maskers[0] if len(opened) == 1 else MixedMasker(maskers, data.ends)
 
 
+def fingerprints(space: TokenSpace, train: Any, val: Any, maskings: Sequence[Any]) -> dict[str, str]:
+    """What a run is made with, by names that say what has changed where a value is another one.
+
+    Args:
+        space: The modalities. All of a row counts, but for where its tokens came from (`source`, `tokenizer`).
+        train: The data set of training.
+        val: That of the held-out loss.
+        maskings: A `MaskingConfig` for each of the data sets of training.
+    """
+    prints = {"modalities of the model": ", ".join(space.names)}
+    for name, row in space.modalities.items():
+        fields = dataclasses.asdict(row) | {"vocab": row.vocab or name, "source": None, "tokenizer": None}
+        prints[f"modality {name}"] = digest(json.dumps(fields, sort_keys=True))
+    for i, masking in enumerate(maskings, 1):
+        masked = f"masking of data set {i}" if len(maskings) > 1 else "masking"
+        prints[masked] = digest(json.dumps(dataclasses.asdict(masking), sort_keys=True))
+    return prints | train.fingerprints() | {f"val {name}": value for name, value in val.fingerprints().items()}
+
+
 def start(config: Config, model: FourM, main: bool) -> tuple[Mapping[str, Sequence[Sequence[int]]], str]:
     """Starts the model from `init`, but for a run that goes on.
 
@@ -262,17 +281,19 @@ def run(config: Config) -> None:
     trainer.fit()
     if joined.is_main_process:
         final = cast(FourM, trainer.final_model)
+        said = []
         if config.lora:
             save_adapter(final, folder / "adapter", base)
             new = [name for name, weight in model.named_parameters() if weight.requires_grad and ".lora_" not in name]
             if new:
-                print(f"{folder / 'adapter'}: adapters only; `model` alone has what is new, in {', '.join(new)}")
+                said.append(f"{folder / 'adapter'}: adapters only; `model` alone has what is new, in {', '.join(new)}")
             fuse_lora(final)
         if config.calibrate:
             validation = Loader(val, size, val_masker, config.seed).batches()
             device = next(final.parameters()).device
             chosen = calibrate(final, (batch.to(device) for batch in islice(validation, batches)))
-            print("temperatures: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
+            said.append("temperatures: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
         final.save_pretrained(folder / "model")
-        print(f"{folder / 'model'}: {sum(p.numel() for p in final.parameters()) / 1e6:.1f} M parameters")
+        said.append(f"{folder / 'model'}: {sum(p.numel() for p in final.parameters()) / 1e6:.1f} M parameters")
+        print("\n".join(said))  # last, as whoever reads it may be gone
     runtime.finish(joined)

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from fourm.data import tokens
-from fourm.data.mixture import MixedDataset, fingerprints
+from fourm.data.mixture import MixedDataset
 from fourm.data.shards import ShardDataset, write_shards
 from fourm.data.texts import TextSource
 from fourm.data.tokens import TokenDataset
 from fourm.masking.budgets import Component, MaskingConfig
 from fourm.modalities import Modality, TokenSpace
+from fourm.verbs.train import fingerprints
 
 SPACE = TokenSpace(
     {"a": Modality("grid", vocab_size=100, grid=(2, 3)), "b": Modality("grid", vocab_size=9, grid=(1, 2))}
