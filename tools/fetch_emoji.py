@@ -8,7 +8,9 @@ OpenMoji's drawings and their Unicode names, out of PyPI packages, as `<root>/<s
     caption   its name and its other names, text
 
 Skin tones and genders of one concept stay in one split, or the test would be of drawings that training has seen. Flags
-are left out. OpenMoji is CC-BY-SA-4.0: whoever passes the pictures on names it and keeps that licence.
+are left out. Stitching, whose test is to find one picture among many, wants one drawing of each concept, and more of
+them in the test: `--once --size 64 --test 7 --val 3`. OpenMoji is CC-BY-SA-4.0: whoever passes the pictures on names it
+and keeps that licence.
 """
 
 from __future__ import annotations
@@ -60,10 +62,10 @@ def concept(name: str) -> str:
     return " ".join(word for word in words if word not in PEOPLE | SKIN) or "person"
 
 
-def split_of(name: str) -> str:
-    """One concept in ten is for the test, one in twenty to watch training with."""
+def split_of(name: str, test: int, val: int) -> str:
+    """Of twenty concepts `test` are for the test, `val` to watch training with."""
     place = int.from_bytes(hashlib.sha256(concept(name).encode()).digest()[:4], "big") % 20
-    return "test" if place < 2 else "val" if place == 2 else "train"
+    return "test" if place < test else "val" if place < test + val else "train"
 
 
 def draw(svg: str, size: int) -> np.ndarray:
@@ -88,18 +90,22 @@ def line_art(svg: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def fetch(root: Path, size: int, limit: int | None) -> None:
+def fetch(root: Path, size: int, limit: int | None, test: int, val: int, once: bool) -> None:
     """Writes the data set; says how many samples each split has."""
     drawings = {path.stem.replace("-FE0F", ""): path for path in Path(str(get_openmoji_svg_data())).glob("*.svg")}
     known = sorted((code, name) for code, name in names().items() if code in drawings)
     known = known[:: max(1, len(known) // limit)][:limit] if limit else known
     counts: dict[str, int] = {}
+    drawn: set[str] = set()
     for code, name in tqdm(known, "emoji", unit=" drawings", mininterval=1):
         svg = drawings[code].read_text()
         rgba, lines = draw(svg, size), on_white(draw(line_art(svg), size)).mean(2).round().astype(np.uint8)
         if lines.min() > 127:
             continue  # it has no line art
-        split = split_of(name)
+        if once and concept(name) in drawn:
+            continue
+        drawn.add(concept(name))
+        split = split_of(name, test, val)
         counts[split] = counts.get(split, 0) + 1
         alpha = np.where(rgba[..., 3] > 127, 255, 0).astype(np.uint8)
         pictures = {"rgb": on_white(rgba), "line": lines, "alpha": alpha}
@@ -125,5 +131,7 @@ if __name__ == "__main__":
     parser.add_argument("root", type=Path, help="folder of the data set")
     parser.add_argument("--size", type=int, default=48, help="pixels on a side")
     parser.add_argument("--limit", type=int, help="emoji at most, spread over all")
-    options = parser.parse_args()
-    fetch(options.root, options.size, options.limit)
+    parser.add_argument("--test", type=int, default=2, help="of twenty concepts so many are for the test")
+    parser.add_argument("--val", type=int, default=1, help="and so many to watch training with")
+    parser.add_argument("--once", action="store_true", help="only the first drawing of each concept")
+    fetch(**vars(parser.parse_args()))

@@ -1,0 +1,1 @@
+"""Stitching: frozen encoders, their stored latents, and the connectors that join them."""

@@ -1,0 +1,262 @@
+"""The data curve: augmentations against each other and against what needs no training, by number of pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fourm import runtime
+from fourm.checkpoint import read_json
+from fourm.data.rewrite import write_durably
+from fourm.evaluation.retrieval import KS, BothWays, both_ways, paired_bootstrap
+from fourm.model.connectors import Connector, ConnectorConfig
+from fourm.stitching.baselines import BASELINES, LARGEST, choose
+from fourm.stitching.fusemix import Augmentation, Contrastive, Selection, evaluate
+from fourm.stitching.pairs import PairLoader, Pairs
+from fourm.stitching.space import SharedSpace
+from fourm.training.trainer import TrainConfig, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The connectors of both sides.
+
+    Args:
+        kind: See `ConnectorConfig`.
+        dim: Numbers in a vector of the shared space.
+        depth: See `ConnectorConfig`.
+        hidden: See `ConnectorConfig`.
+        dropout: See `ConnectorConfig`.
+    """
+
+    kind: str = "residual"
+    dim: int = 64
+    depth: int = 1
+    hidden: int = 0
+    dropout: float = 0.3
+
+    def build(self, pairs: Pairs) -> SharedSpace:
+        """The untrained space of two sides."""
+        shape: dict[str, Any] = dataclasses.asdict(self)
+        dim = shape.pop("dim")
+        widths = {"a": pairs.a.shape[1], "b": pairs.b.shape[1]}
+        return SharedSpace(
+            {
+                side: Connector(ConnectorConfig(input_dim=width, output_dim=dim, **shape))
+                for side, width in widths.items()
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveConfig:
+    """What is compared.
+
+    Args:
+        arms: Augmentations by name.
+        noise: Levels of an arm `noise`, of which each run takes the one that is best on the validation split.
+        sizes: Numbers of training pairs; 0 for all.
+        seeds: Runs of each; the seed draws the pairs, too.
+        against: The arm that the others are compared with.
+    """
+
+    arms: dict[str, Augmentation] = field(
+        default_factory=lambda: {
+            "none": Augmentation(kind="none"),
+            "shared": Augmentation(),
+            "shared per sample": Augmentation(per="sample"),
+            "unshared": Augmentation(shared=False),
+        }
+    )
+    noise: Sequence[float] = (0.1, 0.3, 1.0)
+    sizes: Sequence[int] = (100, 300, 0)
+    seeds: int = 5
+    against: str = "shared"
+
+
+def train_one(
+    adapter: AdapterConfig,
+    augmentation: Augmentation,
+    pairs: Mapping[str, Pairs],
+    train: TrainConfig,
+    folder: Path,
+    keep: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One run, with the trainer, selected on the validation split and ranked on the test split.
+
+    All augmentations train on as many pairs in a batch: `batch_size` of them, or as many as there are.
+
+    Args:
+        adapter: The connectors.
+        augmentation: Of their inputs.
+        pairs: `train`, `val` and `test`.
+        train: How long and how; the seed is the run's.
+        folder: The run's folder. A finished run is not made again.
+        keep: Card of the space, which is then kept in `<folder>/space`.
+
+    Returns:
+        `ranks` of the test pairs in both directions, `score` on the validation split, `step`, `seconds`.
+    """
+    training = pairs["train"]
+    drawn = min(train.batch_size, len(training) // augmentation.drawn) * augmentation.drawn
+    train = dataclasses.replace(train, batch_size=drawn)
+    data = hashlib.sha256(json.dumps([split.ids for split in pairs.values()]).encode())
+    for side in (side for split in pairs.values() for side in (split.a, split.b)):
+        data.update(side.numpy().data)
+    made = {"data": data.hexdigest()[:12], "adapter": repr(adapter), "augmentation": repr(augmentation)}
+    settings = {**made, "train": json.loads(json.dumps(dataclasses.asdict(train)))}
+    record, kept = folder / "result.json", folder / "space"
+    if record.is_file() and (keep is None or kept.exists()) and (found := read_json(record))["settings"] == settings:
+        return found
+    began, joined = time.perf_counter(), runtime.accelerator()
+    runtime.seed_everything(train.seed, "model")
+    space = adapter.build(training)
+    space.card = dict(keep or {})
+    task = Contrastive(space, augmentation, training)
+    share, rank = train.loader_batch(joined.num_processes), joined.process_index
+    loader = PairLoader(training, share, train.seed, rank, joined.num_processes)
+    selection = Selection(pairs["val"], folder / "best", joined.is_main_process)
+    trainer = Trainer(train, task, loader, {"val": selection}, folder, fingerprints=made)
+    with contextlib.redirect_stdout(io.StringIO()):  # a curve is a hundred of these
+        trainer.fit()
+    step = selection.restore(space)
+    ranks = {name: found.tolist() for name, found in evaluate(space.eval(), pairs["test"])._asdict().items()}
+    seconds = round(time.perf_counter() - began, 2)
+    result = {"ranks": ranks, "score": selection.score, "step": step, "seconds": seconds, "settings": settings}
+    joined.wait_for_everyone()
+    if joined.is_main_process:
+        if keep is not None:
+            space.save(kept)
+        write_durably(record, json.dumps(result))
+        for path in [folder / "best", *folder.glob("checkpoint-*")]:
+            shutil.rmtree(path)
+    return result
+
+
+def measure(
+    config: CurveConfig,
+    adapter: AdapterConfig,
+    pairs: Mapping[str, Pairs],
+    train: TrainConfig,
+    folder: Path,
+    card: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All runs, and what they come to: figures by size and arm, and differences to one of them."""
+    arms = config.arms | {f"noise {level:g}": Augmentation(kind="noise", noise=level) for level in config.noise}
+    found: dict[int, dict[str, list[BothWays]]] = {}
+    chosen: dict[str, Any] = {}
+    seconds: list[float] = []
+    for size in config.sizes:
+        n = size or len(pairs["train"])
+        runs = found.setdefault(
+            n, {name: [] for name in (*BASELINES, *config.arms, *(["noise"] if config.noise else []))}
+        )
+        for seed in range(config.seeds):
+            subset = {**pairs, "train": pairs["train"].subset(size, seed)}
+            fitted = subset["train"].take(range(min(n, LARGEST)))
+            for name in BASELINES:
+                chosen[f"{name}/{n}/{seed}"] = choice = choose(name, fitted, pairs["val"])
+                runs[name].append(both_ways(BASELINES[name][0](fitted, pairs["test"], **choice)))
+            noisy: dict[str, dict[str, Any]] = {}
+            for name, augmentation in arms.items():
+                own = dataclasses.replace(train, seed=seed)
+                place = folder / "runs" / name.replace(" ", "-") / f"{n}-{seed}"
+                keep = dict(card) if name == config.against and not size and not seed else None
+                result = train_one(adapter, augmentation, subset, own, place, keep)
+                seconds.append(result["seconds"])
+                ranks = _ranks(result)
+                said = f"val {100 * result['score']:.1f} at step {result['step']}, {result['seconds']:.1f} s"
+                print(
+                    f"{n} pairs, seed {seed}, {name}: test R@1 {100 * ranks.figures()['R@1']:.1f} ({said})", flush=True
+                )
+                if name in config.arms:
+                    runs[name].append(ranks)
+                else:
+                    noisy[name] = result
+            if noisy:
+                best = max(noisy, key=lambda name: noisy[name]["score"])
+                chosen[f"noise/{n}/{seed}"] = best.removeprefix("noise ")
+                runs["noise"].append(_ranks(noisy[best]))
+    return {
+        "curve": {n: {name: _summary(each) for name, each in runs.items()} for n, runs in found.items()},
+        "differences": {
+            n: {name: _difference(runs[config.against], each) for name, each in runs.items() if name != config.against}
+            for n, runs in found.items()
+        },
+        "chosen": chosen,
+        "seconds": {"mean": float(np.mean(seconds)), "sum": float(np.sum(seconds)), "runs": len(seconds)},
+    }
+
+
+def _ranks(result: Mapping[str, Any]) -> BothWays:
+    return BothWays(**{name: torch.tensor(found) for name, found in result["ranks"].items()})
+
+
+def _summary(runs: Sequence[BothWays]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation over seeds of every figure."""
+    figures = [each.figures() for each in runs]
+    values = {name: np.array([each[name] for each in figures]) for name in figures[0]}
+    return {name: {"mean": float(each.mean()), "std": float(each.std(ddof=1)) if len(each) > 1 else 0.0}
+            for name, each in values.items()}  # fmt: skip
+
+
+def _difference(first: Sequence[BothWays], second: Sequence[BothWays]) -> dict[str, Any]:
+    """Differences of R@k with intervals over queries, and over queries and seeds."""
+    found: dict[str, Any] = {}
+    for k in KS:
+        ours, theirs = (np.stack([each.hits(k) for each in runs]) for runs in (first, second))
+        found[f"R@{k}"] = paired_bootstrap(ours, theirs)._asdict() | {
+            "with_seeds": list(paired_bootstrap(ours, theirs, redraw_runs=True)[1:]),
+            "seeds": (ours - theirs).mean(1).tolist(),
+        }
+    return found
+
+
+def draw(found: Mapping[str, Any], against: str, path: Path, title: str) -> None:
+    """The curve as a picture: R@1 by number of pairs, and what `against` gains over each other arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
+    sizes = [int(n) for n in found["curve"]]
+    for number, name in enumerate(next(iter(found["curve"].values()))):
+        rows = [each[name]["R@1"] for each in found["curve"].values()]
+        means, stds = (100 * np.array([row[figure] for row in rows]) for figure in ("mean", "std"))
+        style = "--" if name in BASELINES else "-"
+        left.errorbar(sizes, means, stds, label=name, ls=style, marker="o", ms=3, capsize=2, color=f"C{number}")
+        if name != against:
+            gains = [each[name]["R@1"] for each in found["differences"].values()]
+            middle, low, high = (
+                100 * np.array([gain[figure] for gain in gains]) for figure in ("difference", "low", "high")
+            )
+            place = np.array(sizes) * (1 + 0.02 * number)  # beside each other
+            errors = [middle - low, high - middle]
+            right.errorbar(place, middle, errors, label=name, ls=style, marker="o", ms=3, capsize=2, color=f"C{number}")
+    right.axhline(0, color="grey", lw=0.8)
+    for axes, label in (
+        (left, "R@1, mean of both directions, %"),
+        (right, f"R@1 of {against} less that of the others"),
+    ):
+        axes.set(xscale="log", xlabel="training pairs", ylabel=label)
+        axes.set_xticks(sizes, [f"{n:,}" for n in sizes], minor=False)
+        axes.minorticks_off()
+        axes.legend(fontsize=8)
+    figure.suptitle(textwrap.fill(title, 150), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
