@@ -40,23 +40,23 @@ Curve = list[tuple[int, float, float]]  # updates, seconds, loss
 RUNS, CHART = Path("runs/bench/time_to_loss"), Path(__file__).with_suffix(".png")
 RECIPES = {
     "reference": ["--config=configs/train/earth-reference.yaml"],
-    "ours": ["--config=configs/train/earth.yaml", "--model.zero_init=true", "--batch_size=16"],
+    "ours": ["--config=configs/train/earth.yaml"],
 }
 # Options by size, with the lengths.
 TINY = ["--model.size=tiny", "--model.decoder_depth=6"]
 SIZES: dict[str, dict[str, list[str]]] = {
-    "nano": {"reference": ["--steps=800"], "ours": ["--steps=240"]},
-    "tiny": {"reference": ["--steps=120", *TINY], "ours": ["--steps=48", *TINY]},
+    "nano": {"reference": ["--steps=800"], "ours": ["--steps=160"]},
+    "tiny": {"reference": ["--steps=120", *TINY], "ours": ["--steps=26", *TINY]},
 }
 # Ours, with one thing changed.
 ABLATIONS = {
     "adamw": ["--optim.name=adamw", "--optim.lr=2e-3", "--optim.weight_decay=0.05"],
-    "4m-init": ["--model.zero_init=false"],
+    "zero-init": ["--model.zero_init=true"],
     "cosine": ["--optim.schedule=cosine"],
     "padded": ["--model.packed=false"],
     "qk-norm": ["--model.qk_norm=true"],
     "token-loss": ["--loss=token"],
-    "batch-32": ["--steps=120", "--batch_size=32"],
+    "batch-16": ["--steps=320", "--batch_size=16"],
     "momentum-0.9": ["--optim.momentum=0.9"],
     "lr-0.01": ["--optim.lr=1e-2"],
 }
