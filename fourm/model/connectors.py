@@ -23,7 +23,7 @@ class ConnectorConfig:
     """What a connector is like.
 
     Args:
-        kind: `identity`, `linear`, `mlp`, `residual` (FuseMix), or `moe` (sparse mixture of experts).
+        kind: `linear`, `mlp`, `residual` (FuseMix), or `moe` (sparse mixture of experts).
         input_dim: Numbers in a vector that goes in.
         output_dim: Numbers in one that comes out.
         depth: Hidden layers of an `mlp`, blocks of `residual`, layers of experts of `moe`.
@@ -35,7 +35,7 @@ class ConnectorConfig:
         renormalise: Make the weights of those sum to 1.
     """
 
-    kind: Literal["identity", "linear", "mlp", "residual", "moe"]
+    kind: Literal["linear", "mlp", "residual", "moe"]
     input_dim: int
     output_dim: int
     depth: int = 1
@@ -89,12 +89,6 @@ def load_connector(folder: str | Path) -> Connector:
 
 
 # Kinds ---------------------------------------------------------------------------------------------------------------
-
-
-def _identity(config: ConnectorConfig) -> nn.Module:
-    if config.input_dim != config.output_dim:
-        raise ValueError(f"an identity cannot make {config.output_dim} numbers of {config.input_dim}")
-    return nn.Identity()
 
 
 def _mlp(config: ConnectorConfig) -> nn.Module:
@@ -218,7 +212,6 @@ def _moe(config: ConnectorConfig) -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[ConnectorConfig], nn.Module]] = {
-    "identity": _identity,
     "linear": lambda config: nn.Linear(config.input_dim, config.output_dim),
     "mlp": _mlp,
     "residual": _residual,

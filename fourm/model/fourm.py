@@ -16,6 +16,7 @@ B rows, N encoder slots, M decoder slots, K and T of them filled, R registers, D
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from fourm.model.config import FourMConfig
 from fourm.model.embeddings import Embeddings
 from fourm.model.head import Segment, linear_cross_entropy, two_uses
 from fourm.model.layers import DecoderBlock, DecoderState, EncoderBlock, LayerNorm
+from fourm.model.lora import Route, inject_routed, routed
 from fourm.official_files import read_official
 
 
@@ -50,17 +52,21 @@ class Context:
         hidden: (K, D) tokens of B rows, end to end.
         lengths: B numbers of tokens.
         seen: B numbers of those that the decoder sees, the first of each row.
+        mod: (K,) their modality numbers, -1 for registers and empty slots.
     """
 
     hidden: Tensor
     lengths: Sequence[int]
     seen: Sequence[int]
+    mod: Tensor
 
     def select(self, rows: Tensor) -> Context:
         """These rows (R,), also repeated ones."""
-        chosen, parts = rows.tolist(), self.hidden.split(list(self.lengths))
+        chosen = rows.tolist()
         lengths, seen = ([numbers[row] for row in chosen] for numbers in (self.lengths, self.seen))
-        return Context(torch.cat([parts[row] for row in chosen]), lengths, seen)
+        parts = (tensor.split(list(self.lengths)) for tensor in (self.hidden, self.mod))
+        hidden, mod = (torch.cat([part[row] for row in chosen]) for part in parts)
+        return Context(hidden, lengths, seen, mod)
 
 
 @dataclass
@@ -92,6 +98,9 @@ class FourM(nn.Module):
     def __init__(self, config: FourMConfig, space: TokenSpace):
         super().__init__()
         self.config, self.space = config, space
+        self.route: Route | None = None  # of decoupled adapters
+        self.routed_sets: list[list[str]] = []
+        self.base_hash = ""  # `fingerprint` of the model that this one was trained from
         dim = config.dim
         rows = space.names if config.share_modality_embeddings else None
         self.encoder_embeddings = Embeddings(space, dim, space.inputs(), rows=rows)
@@ -141,9 +150,9 @@ class FourM(nn.Module):
 
     def encode(self, batch: MaskedBatch) -> Context:
         """Runs the encoder over the given tokens. A row without any has one empty slot instead."""
-        states, place, _, lengths, given = self._encoded(batch)
+        states, place, _, lengths, given, mod = self._encoded(batch)
         seen = [some or length for some, length in zip(given, lengths, strict=True)]
-        return Context(self.decoder_proj_context(states) + place, lengths, seen)
+        return Context(self.decoder_proj_context(states) + place, lengths, seen, mod)
 
     def encoder_states(self, batch: MaskedBatch) -> Tensor:
         """Normed states of registers and given tokens, (B, R + N, D); zeros where a slot is empty."""
@@ -151,12 +160,12 @@ class FourM(nn.Module):
         (rows, width), extra = batch.mod.shape, self.config.registers + 1
         return _scatter(states, slots, rows, width + extra)[:, :-1]
 
-    def _encoded(self, batch: MaskedBatch) -> tuple[Tensor, Tensor, Tensor, list[int], list[int]]:
+    def _encoded(self, batch: MaskedBatch) -> tuple[Tensor, Tensor, Tensor, list[int], list[int], Tensor]:
         """Runs the encoder over K tokens: registers and given ones, and an empty slot where there is nothing else.
 
         Returns:
             Their normed states (K, D), their place (K, D), and where they stand (K,) among B * (R + N + 1) slots; of
-            every row their number, and how many come before the empty slots.
+            every row their number, and how many come before the empty slots; and their modality numbers (K,).
         """
         side, registers = self.encoder_embeddings, self.config.registers
         columns = (F.pad(batch.ids, (registers, 1)), F.pad(batch.pos, (registers, 1)))
@@ -180,9 +189,11 @@ class FourM(nn.Module):
             known, length, some = given.flatten()[slots], *numbers[:, slots // used.shape[1]]
             ranges = torch.where(known, split - some, split), torch.where(known, split, split - some + length)
         blocks = Blocks(lengths, lengths, offsets(lengths), x.device, self.config.attention, ranges)
+        if self.route is not None:
+            self.route.follow("source", mod)
         for block in self.encoder:
             x = block(x, blocks)
-        return self.encoder_norm(x), place, slots, lengths, before
+        return self.encoder_norm(x), place, slots, lengths, before, mod
 
     def decode(self, batch: MaskedBatch, context: Context, table: Tensor | None = None) -> Tensor:
         """Runs the decoder over the asked tokens: (B, M, D), zeros where a slot is empty; `table` as in `look_up`."""
@@ -197,6 +208,9 @@ class FourM(nn.Module):
         ranges = self._visible(slots // width, mod)
         own = Blocks(lengths, lengths, offsets(lengths), x.device, backend, ranges)
         cross = Blocks(lengths, context.seen, offsets(context.lengths), x.device, backend)
+        if self.route is not None:
+            self.route.follow("source", context.mod)
+            self.route.follow("target", mod)
         for block in self.decoder:
             x = block(x, context.hidden, own, cross)
         return _scatter(self.decoder_norm(x), slots, rows, width)
@@ -301,6 +315,9 @@ class FourM(nn.Module):
         hidden = pad_sequence(context.hidden.split(list(context.lengths)), batch_first=True)
         seen = torch.tensor(context.seen, device=hidden.device)
         mask = (torch.arange(hidden.shape[1], device=hidden.device) < seen[:, None])[:, None, None]
+        if self.route is not None:
+            mod = context.mod.split(list(context.lengths))
+            self.route.follow("source", pad_sequence(mod, batch_first=True, padding_value=-1))
         states = [DecoderState(*block.project_context(hidden), length) for block in self.decoder]
         return DecoderCache(states, None if mask.all() else mask, self.decoder_embeddings.position_table())
 
@@ -308,6 +325,8 @@ class FourM(nn.Module):
         """Feeds one more token per row ((B,) rows of the tables, modality numbers); hidden states (B, D)."""
         side = self.decoder_embeddings
         x = (side.look_up(ids, mod) + side.place(pos, mod, cache.positions))[:, None]
+        if self.route is not None:
+            self.route.follow("target", mod[:, None])
         for block, state in zip(self.decoder, cache.states, strict=True):
             x = block.step(x, state, cache.step, cache.mask)
         cache.step += 1
@@ -324,8 +343,26 @@ class FourM(nn.Module):
         """All that rebuilds the model but its weights; not how it is computed."""
         how = ("attention", "packed")
         shape = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in how}
-        card = {"model": shape, "modalities": self.space.to_dict()}
+        card: dict[str, Any] = {"model": shape, "modalities": self.space.to_dict()}
+        if self.base_hash:
+            card["base_hash"] = self.base_hash
+        if self.route is not None:
+            card["routed"] = self.routed_card()
         return json.dumps(card, indent=2) + "\n"
+
+    def routed_card(self) -> dict[str, Any]:
+        """The arguments with which `inject_routed` makes the decoupled adapters of this model."""
+        ranks = {name: layer.lora_down.out_features for name, layer in routed(self).items()}
+        return {"sets": self.routed_sets, "ranks": ranks}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all weights with their names, but for temperatures, which calibration may fit later."""
+        found, state = hashlib.sha256(), self.unique_state_dict()
+        del state["temperature"]
+        for name, tensor in sorted(state.items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     def unique_state_dict(self) -> dict[str, Tensor]:
         """The state dict, with shared tensors under their first name only."""
@@ -355,10 +392,19 @@ class FourM(nn.Module):
         card = own_card(found)
         if not card:
             return cls.from_official(*read_official(found))
-        with WithoutInit():
-            model = cls(FourMConfig(**card["model"]), TokenSpace.from_dict(card["modalities"]))
+        model = cls.from_card(card)
         model.load_unique_state_dict(read_tensors(found / "model.safetensors"))
         return model.eval()
+
+    @classmethod
+    def from_card(cls, card: Mapping[str, Any]) -> FourM:
+        """The model that `config_json` described, its weights unset."""
+        with WithoutInit():
+            model = cls(FourMConfig(**card["model"]), TokenSpace.from_dict(card["modalities"]))
+            if "routed" in card:
+                inject_routed(model, **card["routed"])
+        model.base_hash = card.get("base_hash", "")
+        return model
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FourM:
@@ -384,8 +430,10 @@ class FourM(nn.Module):
             path: A `.safetensors` file, with the config in its header, or a folder for one and a `config.json`.
 
         Raises:
-            ValueError: The model has modalities that 4M does not have.
+            ValueError: The model has modalities that 4M does not have, or decoupled adapters.
         """
+        if self.route is not None:
+            raise ValueError("the model has decoupled adapters, which 4M's format cannot say")
         official.save(self, path)
 
 

@@ -59,6 +59,8 @@ class ImageEncoder(nn.Module):
             config, tensors = read_official(found)
             return cls._of(*official.our_config(config), tensors, name)
         model = FourM.from_pretrained(found)
+        if model.route is not None:
+            raise ValueError(f"{path} has decoupled adapters, which the encoder alone has no place for")
         return cls._of(model.config, model.space, official.state_dict(model), name)
 
     @classmethod

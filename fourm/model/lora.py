@@ -2,16 +2,22 @@
 
 A packed projection (query-key-value, key-value) gets the rank once for each matrix in it, as in 4M. To peft that is an
 ordinary adapter of three or two times the rank.
+
+Decoupled adapters (DAMC, Chen et al. 2024) come in sets: the modalities of a set have it to themselves, all others
+share set 0. A token of the encoder goes through the set of its modality, and so do its keys and values in the decoder;
+all else there goes through the set of the modality that is asked. They cannot be fused, and belong to the model.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -55,28 +61,120 @@ class LoRALinear(nn.Module):
         return self.linear
 
 
+class Route:
+    """Which set of adapters each token of a pass goes through; all routed layers of a model look here.
+
+    Args:
+        sets: Of every modality its set, by modality number.
+
+    Attributes:
+        source: Sets of the tokens that are given, and that the decoder looks at.
+        target: Sets of the tokens that are asked.
+    """
+
+    source: Tensor
+    target: Tensor
+
+    def __init__(self, sets: Sequence[int]):
+        self.table = torch.tensor([*sets, 0])  # the last entry answers for registers and empty slots (-1)
+
+    def follow(self, side: Literal["source", "target"], mod: Tensor) -> None:
+        """Takes modality numbers, of the shape of the tokens."""
+        self.table = self.table.to(mod.device)
+        setattr(self, side, self.table[mod])
+
+
+class RoutedLinear(nn.Module):
+    """A linear layer plus adapters that share one pair of thin matrices; `gate` (sets, rank) says whose columns count.
+
+    Args:
+        linear: What is adapted.
+        rank: Columns of all sets together.
+        sets: How many.
+        route: That of the model.
+        side: Of which tokens the sets are.
+    """
+
+    gate: Tensor
+
+    def __init__(self, linear: nn.Linear, rank: int, sets: int, route: Route, side: Literal["source", "target"]):
+        super().__init__()
+        where: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.linear, self.route, self.side = linear, route, side
+        self.lora_down = nn.Linear(linear.in_features, rank, bias=False, **where)
+        self.lora_up = nn.Linear(rank, linear.out_features, bias=False, **where)
+        nn.init.zeros_(self.lora_up.weight)
+        self.register_buffer("gate", torch.zeros(sets, rank, **where))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return self.linear(x) + self.lora_up(self.lora_down(x) * F.embedding(getattr(self.route, self.side), self.gate))
+
+
 def inject_lora(
     model: nn.Module,
     rank: int = 4,
     scale: float = 1.0,
     targets: Literal["selfattn", "crossattn", "attn", "mlp", "all"] = "attn",
+    decoupled: Sequence[str] = (),
 ) -> None:
     """Adapts the linear layers of some blocks; the model computes the same until it is trained.
 
+    Args:
+        model: A `FourM`.
+        rank: Of one matrix, in each set.
+        scale: Of what an adapter adds.
+        targets: Which layers; `all` of decoupled ones has the projection of the context, too.
+        decoupled: Modalities that get a set of their own, together; none for plain adapters.
+
     Raises:
-        ValueError: Unknown targets, a rank below 1, or a model without such layers or with adapters already.
+        ValueError: Unknown targets or modalities, a rank below 1, or a model without such layers or with adapters
+            already.
     """
     if targets not in TARGETS or rank < 1:
         raise ValueError(f"targets {targets!r} with rank {rank}: allowed are {', '.join(TARGETS)}, and ranks from 1")
-    if adapters(model):
-        raise ValueError("the model has adapters already; fuse them first")
+    if adapters(model) or routed(model):
+        raise ValueError("the model has adapters already; fuse them first, where they are not decoupled")
     owners = [module for module in model.modules() if isinstance(module, TARGETS[targets])]
     if not owners:
         raise ValueError(f"the model has no layers of {targets!r}")
-    for owner in owners:
-        for name, layer in list(owner.named_children()):
-            if isinstance(layer, nn.Linear):
-                setattr(owner, name, LoRALinear(layer, rank * PACKED.get(name, 1), scale))
+    places = {id(layer): name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    names = [places[id(layer)] for owner in owners for layer in owner.children() if id(layer) in places]
+    names += ["decoder_proj_context"] if decoupled and targets == "all" else []
+    ranks = {name: rank * PACKED.get(name.rpartition(".")[2], 1) for name in names}
+    if not decoupled:
+        for name, own in ranks.items():
+            model.set_submodule(name, LoRALinear(model.get_submodule(name), own, scale))  # type: ignore[arg-type]
+        return
+    inject_routed(model, [list(decoupled)], {name: 2 * own for name, own in ranks.items()})
+    for name, layer in routed(model).items():
+        nn.init.normal_(layer.lora_down.weight, std=1 / ranks[name])
+        layer.gate[0, : ranks[name]] = layer.gate[1, ranks[name] :] = scale
+
+
+def inject_routed(model: nn.Module, sets: Sequence[Sequence[str]], ranks: Mapping[str, int]) -> None:
+    """Adapts layers with sets of adapters that nothing goes through yet: their gates are 0.
+
+    Args:
+        model: A `FourM`.
+        sets: Modalities of each set from 1 on; all others have set 0.
+        ranks: Columns of all sets together, by the name of the layer.
+
+    Raises:
+        ValueError: A modality that the model has not, or that is in two sets.
+    """
+    space: Any = model.space
+    listed = [name for names in sets for name in names]
+    unknown = sorted(set(listed) - set(space.names))
+    if unknown or len(set(listed)) < len(listed) or not all(sets):
+        raise ValueError(f"decoupled: {listed} must be modalities of the model, each once; it has {space.names}")
+    owner = {name: number for number, names in enumerate(sets, 1) for name in names}
+    route = Route([owner.get(name, 0) for name in space.names])
+    for name, rank in ranks.items():
+        given = name.startswith("encoder.") or name.endswith(".kv") or name == "decoder_proj_context"
+        layer: Any = model.get_submodule(name)
+        model.set_submodule(name, RoutedLinear(layer, rank, len(sets) + 1, route, "source" if given else "target"))
+    model.route, model.routed_sets = route, [list(names) for names in sets]  # type: ignore[assignment]
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
@@ -84,8 +182,13 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+def routed(model: nn.Module) -> dict[str, RoutedLinear]:
+    """The layers of a model with decoupled adapters by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedLinear)}
+
+
 def fuse_lora(model: nn.Module) -> None:
-    """Takes all adapters up into the layers they adapt; the model is an ordinary one again, and can be saved as one."""
+    """Takes all plain adapters up into the layers they adapt, so that the model can be saved as it is."""
     for name, adapter in adapters(model).items():
         model.set_submodule(name, adapter.fused())
 
@@ -129,8 +232,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     other = {key: card[key] for key, plain in PLAIN.items() if (card.get(key, plain) or None) != (plain or None)}
     if other:
         raise ValueError(f"{path / CARD} has {other}, supported are { {key: PLAIN[key] for key in other} }")
-    if adapters(model):
-        raise ValueError("the model has adapters already; fuse them first")
+    if adapters(model) or routed(model):
+        raise ValueError("the model has adapters already; fuse them first, where they are not decoupled")
     tensors, layers = read_tensors(path / TENSORS), dict(model.named_modules())
     names = [
         name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")

@@ -5,6 +5,7 @@ Notable:
 * a modality that the source lacks starts from the same one at another resolution (`tok_rgb@448` from `tok_rgb@224`), or
   from the one that `like` names. 4M itself starts such tables anew;
 * positions are computed for the new grid; where they are learned, they are resampled to it;
+* decoupled adapters come along, each set for the modalities that start from one of its own;
 * temperatures start at 1, for a model that is trained further has to be calibrated again.
 """
 
@@ -21,11 +22,10 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from fourm import checkpoint
-from fourm.modalities import Modality, TokenSpace
-from fourm.model.config import FourMConfig
+from fourm.modalities import Modality
 from fourm.model.embeddings import Embeddings
-from fourm.model.fourm import FourM, WithoutInit, own_card
-from fourm.model.lora import CARD, base_of, fuse_lora, inject_lora, load_adapter
+from fourm.model.fourm import FourM, own_card
+from fourm.model.lora import CARD, base_of, fuse_lora, inject_lora, inject_routed, load_adapter, routed
 
 EQUAL = ("dim", "encoder_depth", "decoder_depth", "heads", "mlp_ratio", "gated_mlp")
 # May be added, but not left out.
@@ -65,6 +65,7 @@ def open_source(path: str | Path) -> tuple[FourM, str]:
     found = checkpoint.resolve(path)
     if (found / CARD).is_file():
         model, _ = open_source(base_of(found))
+        model.base_hash = model.fingerprint()
         load_adapter(model, found)
         fuse_lora(model)
         return model, ""
@@ -83,10 +84,9 @@ def _of_checkpoint(folder: Path) -> FourM:
     card, lora = own_card(folder), checkpoint.read_json(folder / "state.json").get("config", {}).get("lora")
     if not card:
         raise ValueError(f"{folder} is not a checkpoint of an any-to-any model")
-    with WithoutInit():
-        model = FourM(FourMConfig(**card["model"]), TokenSpace.from_dict(card["modalities"]))
-        if lora:
-            inject_lora(model, **lora)
+    model = FourM.from_card(card)
+    if lora and model.route is None:
+        inject_lora(model, **lora)
     average = folder / "ema.safetensors"
     model.load_unique_state_dict(
         checkpoint.read_tensors(average if average.is_file() else folder / "model.safetensors")
@@ -108,6 +108,8 @@ def warm_start(model: FourM, source: FourM, like: Mapping[str, str] | None = Non
         ValueError: The models differ in shape, or `like` names modalities that are not there or not alike.
     """
     _compare(model, source)
+    origins = {name: _origin(name, model, source, like or {}) for name in model.space.names}
+    sets = _take_sets(model, source, origins) if source.route is not None else []
     plan, names = Plan(), {parameter: name for name, parameter in model.named_parameters()}
 
     def take(parameter: Tensor, rows: Tensor, start: int = 0) -> None:
@@ -125,7 +127,6 @@ def warm_start(model: FourM, source: FourM, like: Mapping[str, str] | None = Non
         if name not in known or len(known[name]) < len(parameter):
             fresh[re.sub(r"\.\d+\.", ".*.", name)] = None
 
-    origins = {name: _origin(name, model, source, like or {}) for name in model.space.names}
     table: list[tuple[str, ...]] = [("modality", "from", "encoder", "decoder")]
     cells = {side: _side(model, source, side, origins, take) for side in SIDES}
     for name in model.space.names:
@@ -137,7 +138,8 @@ def warm_start(model: FourM, source: FourM, like: Mapping[str, str] | None = Non
     unused = [
         f"{name} ({side[:7]})" for side in SIDES for name in getattr(source, side).names if (side, name) not in used
     ]
-    notes = {"new, outside of the modalities": list(fresh), "not used of the source": unused}
+    notes = {"decoupled adapters": sets, "new, outside of the modalities": list(fresh)}
+    notes["not used of the source"] = unused
     notes["different"] = [
         f"{key} is {getattr(source.config, key)} in the source, {getattr(model.config, key)} here"
         for key in OTHER
@@ -151,6 +153,20 @@ def warm_start(model: FourM, source: FourM, like: Mapping[str, str] | None = Non
         notes["different"].append("temperatures of the source are left behind, all are 1")
     plan.lines += [f"{what}: {', '.join(items)}" for what, items in notes.items() if items]
     return plan
+
+
+def _take_sets(model: FourM, source: FourM, origins: Mapping[str, str | None]) -> list[str]:
+    """Adapts the model as the source is; says of each set what it is for. Weights are taken over by name, later."""
+    sets = [[name for name in model.space.names if origins[name] in own] for own in source.routed_sets]
+    rows = [0, *(number for number, names in enumerate(sets, 1) if names)]
+    inject_routed(model, list(filter(None, sets)), source.routed_card()["ranks"])
+    gates = routed(source)
+    for name, layer in routed(model).items():
+        layer.gate.copy_(gates[name].gate[rows])
+    return [
+        f"the set of {' and '.join(own)} " + (f"serves {' and '.join(names)}" if names else "is left out")
+        for own, names in zip(source.routed_sets, sets, strict=True)
+    ]
 
 
 def _compare(model: FourM, source: FourM) -> None:

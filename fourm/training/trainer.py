@@ -118,6 +118,11 @@ class TrainConfig:
         ]
     )
 
+    @classmethod
+    def of(cls, config: TrainConfig) -> TrainConfig:
+        """Those keys of a verb's config that say how it trains."""
+        return TrainConfig(**{each.name: getattr(config, each.name) for each in dataclasses.fields(TrainConfig)})
+
     def loader_batch(self, processes: int) -> int:
         """Samples of one batch of one process, so that an update has `batch_size` in all.
 
@@ -524,7 +529,8 @@ class Trainer:
 
     def _refuse_others(self, path: Path, state: Mapping[str, Any]) -> None:
         """Raises a ValueError if a checkpoint is of another run, or of other data than this run has."""
-        before, now = flat(state["config"]), flat(dataclasses.asdict(self.config))
+        before = flat(defaults(self.config)) | flat(state["config"])
+        now = flat(dataclasses.asdict(self.config))
         differing = [
             key
             for key in sorted(before | now)
@@ -623,6 +629,20 @@ class Window:
         }
         self._open()
         return record
+
+
+def defaults(config: Any) -> dict[str, Any]:
+    """Defaults of a config's fields, and of configs in it: what a run had that began before a field was there."""
+    found: dict[str, Any] = {}
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if dataclasses.is_dataclass(value):
+            found[each.name] = defaults(value)
+        elif each.default is not dataclasses.MISSING:
+            found[each.name] = each.default
+        elif each.default_factory is not dataclasses.MISSING:
+            found[each.name] = each.default_factory()
+    return found
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

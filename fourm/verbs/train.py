@@ -22,7 +22,7 @@ from fourm.masking.masking import Masker, MixedMasker
 from fourm.modalities import TokenSpace
 from fourm.model.config import FourMConfig
 from fourm.model.fourm import FourM
-from fourm.model.lora import fuse_lora, inject_lora, save_adapter
+from fourm.model.lora import fuse_lora, inject_lora, inject_routed, save_adapter
 from fourm.model.warm_start import open_source, warm_start
 from fourm.tokenization import TextTokenizer, load_tokenizer
 from fourm.tokenization.encode import load_tokenizers
@@ -82,11 +82,14 @@ class LoRAConfig:
         rank: Of one matrix; packed ones get it once for each matrix in them.
         scale: Of what an adapter adds.
         targets: Layers that get one: `selfattn`, `crossattn`, `attn` (both), `mlp` or `all`.
+        decoupled: Modalities whose tokens have a set of adapters of their own, beside that of all others, to be
+            composed with other such models (`fourm compose`). They stay in `model`, there is no `adapter` then.
     """
 
     rank: int = 4
     scale: float = 1.0
     targets: Literal["selfattn", "crossattn", "attn", "mlp", "all"] = "attn"
+    decoupled: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -212,9 +215,17 @@ def start(config: Config, model: FourM, main: bool) -> tuple[Mapping[str, Sequen
     # The trainer finds out which one is whole, and stops where none is.
     if record.is_file() and any(folder.glob(f"checkpoint-*/{checkpoint.MANIFEST}")):
         known = checkpoint.read_json(record)
+        model.base_hash = known.get("hash", "")
+        if known.get("routed"):
+            inject_routed(model, **known["routed"])
         return known["kept"], known["base"]
     source, base = open_source(config.init)
     plan = warm_start(model, source, config.like)
+    card = model.routed_card() if model.route is not None else None
+    if config.lora and config.lora.decoupled:
+        shared = set(model.space.names) - set(source.space.names) - set(config.lora.decoupled)
+        plan.lines += [f"new, but not decoupled: {name}; its adapters are merged later" for name in sorted(shared)]
+    model.base_hash = source.fingerprint()
     if config.lora and not base:
         base = str(folder / "base")
         if main:
@@ -223,7 +234,8 @@ def start(config: Config, model: FourM, main: bool) -> tuple[Mapping[str, Sequen
         text = "\n".join([f"starting from {config.init}", *plan.lines])
         print(text)
         record.with_suffix(".txt").write_text(text + "\n")
-        record.write_text(json.dumps({"base": base, "kept": plan.kept}))
+        known = {"base": base, "hash": model.base_hash, "routed": card, "kept": plan.kept}
+        record.write_text(json.dumps(known))
     return plan.kept, base
 
 
@@ -255,7 +267,7 @@ def run(config: Config) -> None:
     phases = [Freeze("old")] if config.lora else config.freeze
     rest = Rest(model, phases, kept) if phases else None
     if config.lora:
-        inject_lora(model, config.lora.rank, config.lora.scale, config.lora.targets)
+        inject_lora(model, **dataclasses.asdict(config.lora))
     task = MaskedTask(model, config.loss)
     (train, masker), (val, val_masker) = (open_data(config, space, split) for split in ("train", "val"))
     size, rank, processes = config.loader_batch(joined.num_processes), joined.process_index, joined.num_processes
@@ -282,7 +294,7 @@ def run(config: Config) -> None:
     if joined.is_main_process:
         final = cast(FourM, trainer.final_model)
         said = []
-        if config.lora:
+        if config.lora and not config.lora.decoupled:
             save_adapter(final, folder / "adapter", base)
             new = [name for name, weight in model.named_parameters() if weight.requires_grad and ".lora_" not in name]
             if new:

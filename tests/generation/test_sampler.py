@@ -299,7 +299,7 @@ def test_as_4m_samples(model):
         assert not torch.equal(ours, Sampler(model).generate({name: hidden}, plan)["normal"])
 
     batch = pack(SPACE, [{"depth": depth}], 2, torch.device("cpu"), "normal", torch.ones(2, 12, dtype=torch.bool))
-    nothing = Context(torch.zeros(0, 32), [0, 0], [0, 0])
+    nothing = Context(torch.zeros(0, 32), [0, 0], [0, 0], torch.zeros(0, dtype=torch.long))
     guided, free = (model.logits(model.decode(batch, c), "normal") for c in (model.encode(batch), nothing))
     assert torch.equal(Sampler(theirs).generate({"depth": depth}, plan)["normal"], (2 * guided - free).argmax(-1))
 
