@@ -30,7 +30,12 @@ VERBS = {
     "evaluate": "measure a model: any-to-any matrix, tasks, tokenizers",
     "report": "write the page that people look at",
     "stitch fusemix": "join two frozen encoders with few pairs",
+    "stitch hyma": "join all pairs of two sets of frozen encoders by one hypernetwork",
+    "stitch rank": "say which pairs of encoders are worth joining, and what that costs",
+    "stitch altmoe": "predict the latents of each encoder from any other",
     "stitch retrieve": "find what belongs to a text or picture through joined encoders",
+    "compose": "join models that learned different modalities from one base",
+    "stitch report": "write the page of what stitching came to",
 }
 
 

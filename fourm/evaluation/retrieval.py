@@ -19,7 +19,7 @@ def similarities(queries: Tensor, items: Tensor) -> Tensor:
 
 
 def ranks(scores: Tensor, truth: Tensor | None = None) -> Tensor:
-    """How many items come before the right one, (Q,); of equal ones all but the right one do.
+    """How many items come before the right one, (Q,): all that are not worse, and all if its score is NaN.
 
     Args:
         scores: (Q, N), higher is better.
@@ -27,7 +27,7 @@ def ranks(scores: Tensor, truth: Tensor | None = None) -> Tensor:
     """
     rows = torch.arange(len(scores), device=scores.device)
     right = scores[rows, rows if truth is None else truth][:, None]
-    return (scores >= right).sum(1) - 1
+    return scores.shape[1] - 1 - (scores < right).sum(1)
 
 
 def search(queries: Tensor, items: Tensor, k: int, block: int = 65536) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ class Task:
     """Predict `target` from `source` (raw names).
 
     Args:
-        source: Raw modality that is given.
+        source: Raw modality that is given, or several, as `rgb+relief`.
         target: Raw modality that is predicted.
         region: Of an image-like target: also score only the pixels of this region of `TasksConfig.regions`.
     """
@@ -84,15 +84,16 @@ class TasksConfig:
 
 @torch.inference_mode()
 def draw_pictures(
-    model: FourM, tokenizer: ImageTokenizer, samples: Sequence[Any], source: str, target: str, config: TasksConfig
-) -> np.ndarray:
+    model: FourM, tokenizer: ImageTokenizer, samples: Sequence[Any], sources: Sequence[str], target: str,
+    config: TasksConfig,
+) -> np.ndarray:  # fmt: skip
     """A point estimate of the target's pictures from the one-pass token distribution.
 
     Args:
         model: In evaluation mode.
         tokenizer: The target's.
-        samples: B token samples that hold `source` and `target`.
-        source: Model modality that is given.
+        samples: B token samples that hold `sources` and `target`.
+        sources: Model modalities that are given.
         target: Model modality (grid) that is predicted; its tokens in `samples` are not looked at.
         config: Draws per sample, samples per pass, seed.
 
@@ -105,7 +106,7 @@ def draw_pictures(
     decode = tokenizer.decode_probabilities if settings.kind == "classes" else tokenizer.decode
     estimates = []
     for start in range(0, len(samples), config.batch_size):
-        batch = transfer_batch(model.space, samples[start : start + config.batch_size], [source], [target])
+        batch = transfer_batch(model.space, samples[start : start + config.batch_size], sources, [target])
         chances = model.logits(model(batch.to(device)), target).float().softmax(-1).cpu()  # (B, n, V)
         ids = torch.multinomial(chances.flatten(0, 1), config.draws, replacement=True, generator=generator)
         maps = ids.T.reshape(config.draws, *chances.shape[:2]).to(device)  # (S, B, n)
@@ -120,7 +121,7 @@ def text_figures(
     tokenizer: Any,
     samples: Sequence[Any],
     known: Sequence[Any],
-    source: str,
+    sources: Sequence[str],
     target: str,
     batch_size: int,
 ) -> dict[str, Any]:
@@ -131,16 +132,16 @@ def text_figures(
     Args:
         model: In evaluation mode.
         tokenizer: The target's.
-        samples: Token samples that hold `source` and `target`.
+        samples: Token samples that hold `sources` and `target`.
         known: Values to choose the typical one from.
-        source: Model modality that is given.
+        sources: Model modalities that are given.
         target: Model modality (text) that is predicted.
         batch_size: Samples per pass.
     """
     (truth,) = decode({target: [sample[target] for sample in samples]}, {target: tokenizer}).values()
     plan, guesses = chain(model.space, [Target(target, temperature=0.0)]), list[Any]()
     for start in range(0, len(samples), batch_size):
-        given = from_samples(model.space, samples[start : start + batch_size], [source])
+        given = from_samples(model.space, samples[start : start + batch_size], sources)
         guesses += decode(Sampler(model).generate(given, plan), {target: tokenizer})[target]
     again = decode({target: tokenizer.encode(truth)}, {target: tokenizer})[target]
     constant = score_texts(tokenizer, unfold(tokenizer, [typical(tokenizer, known)]) * len(truth), truth)
@@ -175,7 +176,8 @@ def evaluate_tasks(
     """
     config = config or TasksConfig()
     sources, targets = raw_sources(model.eval().space), raw_targets(model.space)
-    tasks = [task for task in config.tasks if task.source in sources and task.target in targets]
+    given = {task: [sources.get(name, "") for name in task.source.split("+")] for task in config.tasks}
+    tasks = [task for task in config.tasks if all(given[task]) and task.target in targets]
     unknown = {task.region for task in tasks} - {None, *config.regions}
     if unknown:
         raise ValueError(f"tasks name the regions {sorted(map(str, unknown))}, known are {', '.join(config.regions)}")
@@ -193,11 +195,11 @@ def evaluate_tasks(
         if task.target not in names:
             texts = [scene[task.target] for scene in training[:TYPICAL_OF]]
             figures[f"{task.source}->{task.target}"] = text_figures(
-                model, tokenizer, samples, texts, sources[task.source], targets[task.target], config.batch_size
+                model, tokenizer, samples, texts, given[task], targets[task.target], config.batch_size
             )
             continue
         kind, (truth, known) = tokenizer.config.input.kind, pictures[task.target]
-        guess = draw_pictures(model, tokenizer, samples, sources[task.source], targets[task.target], config)
+        guess = draw_pictures(model, tokenizer, samples, given[task], targets[task.target], config)
         scored: dict[str, Any] = {"n": len(scenes), "bound": {}}
         pixels = slice(-1 if kind == "features" else 3)  # a vector without a map is one pixel
         for region in dict.fromkeys(("", task.region or "")):

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fourm import runtime
+from fourm import checkpoint, runtime
 from fourm.checkpoint import read_json
 from fourm.data.rewrite import write_durably
 from fourm.evaluation.retrieval import KS, BothWays, both_ways, paired_bootstrap
 from fourm.model.connectors import Connector, ConnectorConfig
-from fourm.stitching.baselines import BASELINES, LARGEST, choose
+from fourm.stitching.baselines import BASELINES, LARGEST, choose, mean_recall
 from fourm.stitching.fusemix import Augmentation, Contrastive, Selection, evaluate
 from fourm.stitching.pairs import PairLoader, Pairs
 from fourm.stitching.space import SharedSpace
@@ -69,8 +69,11 @@ class CurveConfig:
         arms: Augmentations by name.
         noise: Levels of an arm `noise`, of which each run takes the one that is best on the validation split.
         sizes: Numbers of training pairs; 0 for all.
-        seeds: Runs of each; the seed draws the pairs, too.
+        seeds: Runs of each, the first with the run's `seed`; the seed draws the pairs, too.
         against: The arm that the others are compared with.
+
+    Raises:
+        ValueError: There is no such arm.
     """
 
     arms: dict[str, Augmentation] = field(
@@ -86,6 +89,10 @@ class CurveConfig:
     seeds: int = 5
     against: str = "shared"
 
+    def __post_init__(self) -> None:
+        if self.against not in self.arms:
+            raise ValueError(f"against is {self.against!r}, allowed are the arms {', '.join(self.arms)}")
+
 
 def train_one(
     adapter: AdapterConfig,
@@ -97,7 +104,8 @@ def train_one(
 ) -> dict[str, Any]:
     """One run, with the trainer, selected on the validation split and ranked on the test split.
 
-    All augmentations train on as many pairs in a batch: `batch_size` of them, or as many as there are.
+    A batch has `batch_size` pairs after mixing, or as many as there are (with partner `half` half of those), the same
+    in each process.
 
     Args:
         adapter: The connectors.
@@ -111,8 +119,10 @@ def train_one(
         `ranks` of the test pairs in both directions, `score` on the validation split, `step`, `seconds`.
     """
     training = pairs["train"]
-    drawn = min(train.batch_size, len(training) // augmentation.drawn) * augmentation.drawn
-    train = dataclasses.replace(train, batch_size=drawn)
+    joined = runtime.accelerator()
+    processes = joined.num_processes
+    batch = min(train.batch_size, len(training) // augmentation.drawn) // processes * processes
+    train = dataclasses.replace(train, batch_size=batch * augmentation.drawn)
     data = hashlib.sha256(json.dumps([split.ids for split in pairs.values()]).encode())
     for side in (side for split in pairs.values() for side in (split.a, split.b)):
         data.update(side.numpy().data)
@@ -121,17 +131,20 @@ def train_one(
     record, kept = folder / "result.json", folder / "space"
     if record.is_file() and (keep is None or kept.exists()) and (found := read_json(record))["settings"] == settings:
         return found
-    began, joined = time.perf_counter(), runtime.accelerator()
+    began = time.perf_counter()
     runtime.seed_everything(train.seed, "model")
     space = adapter.build(training)
     space.card = dict(keep or {})
     task = Contrastive(space, augmentation, training)
-    share, rank = train.loader_batch(joined.num_processes), joined.process_index
-    loader = PairLoader(training, share, train.seed, rank, joined.num_processes)
+    loader = PairLoader(training, train.loader_batch(processes), train.seed, joined.process_index, processes)
+    if joined.is_main_process and checkpoint.latest(folder) is None:  # then what was best is of another run
+        shutil.rmtree(folder / "best", ignore_errors=True)
+    joined.wait_for_everyone()
     selection = Selection(pairs["val"], folder / "best", joined.is_main_process)
     trainer = Trainer(train, task, loader, {"val": selection}, folder, fingerprints=made)
     with contextlib.redirect_stdout(io.StringIO()):  # a curve is a hundred of these
         trainer.fit()
+    joined.wait_for_everyone()  # one process writes what all read
     step = selection.restore(space)
     ranks = {name: found.tolist() for name, found in evaluate(space.eval(), pairs["test"])._asdict().items()}
     seconds = round(time.perf_counter() - began, 2)
@@ -154,17 +167,21 @@ def measure(
     folder: Path,
     card: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """All runs, and what they come to: figures by size and arm, and differences to one of them."""
+    """All runs, and what they come to: figures by size and arm, and differences to one of them.
+
+    The space of the most pairs, the first seed and the arm `against` is kept in `<folder>/space`, with `card`.
+    """
     arms = config.arms | {f"noise {level:g}": Augmentation(kind="noise", noise=level) for level in config.noise}
     found: dict[int, dict[str, list[BothWays]]] = {}
     chosen: dict[str, Any] = {}
     seconds: list[float] = []
+    largest = max(size or len(pairs["train"]) for size in config.sizes)
     for size in config.sizes:
         n = size or len(pairs["train"])
         runs = found.setdefault(
             n, {name: [] for name in (*BASELINES, *config.arms, *(["noise"] if config.noise else []))}
         )
-        for seed in range(config.seeds):
+        for seed in range(train.seed, train.seed + config.seeds):
             subset = {**pairs, "train": pairs["train"].subset(size, seed)}
             fitted = subset["train"].take(range(min(n, LARGEST)))
             for name in BASELINES:
@@ -174,14 +191,17 @@ def measure(
             for name, augmentation in arms.items():
                 own = dataclasses.replace(train, seed=seed)
                 place = folder / "runs" / name.replace(" ", "-") / f"{n}-{seed}"
-                keep = dict(card) if name == config.against and not size and not seed else None
+                keep = dict(card) if (name, n, seed) == (config.against, largest, train.seed) else None
                 result = train_one(adapter, augmentation, subset, own, place, keep)
+                if keep is not None and runtime.accelerator().is_main_process:
+                    space = SharedSpace.load(place / "space")
+                    space.card = keep
+                    space.save(folder / "space")
                 seconds.append(result["seconds"])
                 ranks = _ranks(result)
-                said = f"val {100 * result['score']:.1f} at step {result['step']}, {result['seconds']:.1f} s"
-                print(
-                    f"{n} pairs, seed {seed}, {name}: test R@1 {100 * ranks.figures()['R@1']:.1f} ({said})", flush=True
-                )
+                if runtime.accelerator().is_main_process:
+                    said = f"val {100 * result['score']:.1f} at step {result['step']}, {result['seconds']:.1f} s"
+                    print(f"{n} pairs, seed {seed}, {name}: {said}", flush=True)
                 if name in config.arms:
                     runs[name].append(ranks)
                 else:
@@ -191,9 +211,9 @@ def measure(
                 chosen[f"noise/{n}/{seed}"] = best.removeprefix("noise ")
                 runs["noise"].append(_ranks(noisy[best]))
     return {
-        "curve": {n: {name: _summary(each) for name, each in runs.items()} for n, runs in found.items()},
+        "curve": {n: {name: summary(each) for name, each in runs.items()} for n, runs in found.items()},
         "differences": {
-            n: {name: _difference(runs[config.against], each) for name, each in runs.items() if name != config.against}
+            n: {name: difference(runs[config.against], each) for name, each in runs.items() if name != config.against}
             for n, runs in found.items()
         },
         "chosen": chosen,
@@ -205,20 +225,20 @@ def _ranks(result: Mapping[str, Any]) -> BothWays:
     return BothWays(**{name: torch.tensor(found) for name, found in result["ranks"].items()})
 
 
-def _summary(runs: Sequence[BothWays]) -> dict[str, dict[str, float]]:
+def summary(runs: Sequence[BothWays]) -> dict[str, dict[str, float]]:
     """Mean and standard deviation over seeds of every figure."""
-    figures = [each.figures() for each in runs]
+    figures = [(found := each.figures()) | {"mean": mean_recall(found)} for each in runs]
     values = {name: np.array([each[name] for each in figures]) for name in figures[0]}
     return {name: {"mean": float(each.mean()), "std": float(each.std(ddof=1)) if len(each) > 1 else 0.0}
             for name, each in values.items()}  # fmt: skip
 
 
-def _difference(first: Sequence[BothWays], second: Sequence[BothWays]) -> dict[str, Any]:
-    """Differences of R@k with intervals over queries, and over queries and seeds."""
+def difference(first: Sequence[BothWays], second: Sequence[BothWays]) -> dict[str, Any]:
+    """Differences of R@k and of their mean, with intervals over queries, and over queries and seeds."""
     found: dict[str, Any] = {}
-    for k in KS:
-        ours, theirs = (np.stack([each.hits(k) for each in runs]) for runs in (first, second))
-        found[f"R@{k}"] = paired_bootstrap(ours, theirs)._asdict() | {
+    for name, ks in ({f"R@{k}": [k] for k in KS} | {"mean": KS}).items():
+        ours, theirs = (np.stack([np.mean([each.hits(k) for k in ks], 0) for each in runs]) for runs in (first, second))
+        found[name] = paired_bootstrap(ours, theirs)._asdict() | {
             "with_seeds": list(paired_bootstrap(ours, theirs, redraw_runs=True)[1:]),
             "seeds": (ours - theirs).mean(1).tolist(),
         }
@@ -226,7 +246,7 @@ def _difference(first: Sequence[BothWays], second: Sequence[BothWays]) -> dict[s
 
 
 def draw(found: Mapping[str, Any], against: str, path: Path, title: str) -> None:
-    """The curve as a picture: R@1 by number of pairs, and what `against` gains over each other arm."""
+    """The curve as a picture: mean recall by number of pairs, and what `against` gains over each other arm."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -235,24 +255,24 @@ def draw(found: Mapping[str, Any], against: str, path: Path, title: str) -> None
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
     sizes = [int(n) for n in found["curve"]]
     for number, name in enumerate(next(iter(found["curve"].values()))):
-        rows = [each[name]["R@1"] for each in found["curve"].values()]
+        rows = [each[name]["mean"] for each in found["curve"].values()]
         means, stds = (100 * np.array([row[figure] for row in rows]) for figure in ("mean", "std"))
         style = "--" if name in BASELINES else "-"
         left.errorbar(sizes, means, stds, label=name, ls=style, marker="o", ms=3, capsize=2, color=f"C{number}")
         if name != against:
-            gains = [each[name]["R@1"] for each in found["differences"].values()]
-            middle, low, high = (
-                100 * np.array([gain[figure] for gain in gains]) for figure in ("difference", "low", "high")
-            )
+            gains = [each[name]["mean"] for each in found["differences"].values()]
+            middle = 100 * np.array([gain["difference"] for gain in gains])
+            low, high = 100 * np.array([gain["with_seeds"] for gain in gains]).T
             place = np.array(sizes) * (1 + 0.02 * number)  # beside each other
             errors = [middle - low, high - middle]
             right.errorbar(place, middle, errors, label=name, ls=style, marker="o", ms=3, capsize=2, color=f"C{number}")
     right.axhline(0, color="grey", lw=0.8)
-    for axes, label in (
-        (left, "R@1, mean of both directions, %"),
-        (right, f"R@1 of {against} less that of the others"),
+    for axes, label, bars in (
+        (left, "mean of R@1, R@5, R@10, %", "bars: deviation over seeds"),
+        (right, f"{against} less the others, points", "bars: 95 % over queries and seeds"),
     ):
         axes.set(xscale="log", xlabel="training pairs", ylabel=label)
+        axes.set_title(bars, fontsize=9)
         axes.set_xticks(sizes, [f"{n:,}" for n in sizes], minor=False)
         axes.minorticks_off()
         axes.legend(fontsize=8)

@@ -53,10 +53,12 @@ def load(name: str, device: str | torch.device = "cpu", size: int = 0) -> Encode
     """As `load_encoder`, which see, and `fourm:<folder or hub id>[@<modality>]` for the pixels of a `FourM`.
 
     Raises:
-        ValueError: There is no such encoder, or what it needs is not here.
+        ValueError: There is no such encoder, what it needs is not here, or it has no size to choose.
     """
     if not name.startswith("fourm:"):
         return load_encoder(name, device, size)
+    if size:
+        raise ValueError(f"{name}: size is {size}, but its inputs have a fixed one; allowed is 0, the encoder's own")
     where, _, modality = name.removeprefix("fourm:").partition("@")
     return FourMEncoder(name, ImageEncoder.from_pretrained(where, modality or None)).to(device)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fourm import checkpoint
@@ -19,7 +20,7 @@ from fourm.stitching.space import SharedSpace, info_nce
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What is done to the latents of a batch before the connectors see them.
+    """What is done to the latents of a batch before the connectors see them, and what is asked of these besides.
 
     Args:
         kind: `none`, `noise`, or `mix`: convex combinations of two pairs.
@@ -28,6 +29,7 @@ class Augmentation:
         partner: A `permutation` of the batch, or the other `half` of it, which leaves half as many pairs (the paper's).
         alpha: Shares are drawn from Beta(alpha, alpha).
         noise: Standard deviation of Gaussian `noise`, in units of each dimension's own.
+        structure: Weight of `structure_loss` in the loss.
     """
 
     kind: Literal["none", "noise", "mix"] = "mix"
@@ -36,6 +38,7 @@ class Augmentation:
     partner: Literal["permutation", "half"] = "permutation"
     alpha: float = 1.0
     noise: float = 0.0
+    structure: float = 0.0
 
     @property
     def drawn(self) -> int:
@@ -67,6 +70,31 @@ def augment(sides: Mapping[str, Tensor], how: Augmentation, spread: Mapping[str,
     return mixed
 
 
+def structure_loss(before: Tensor, after: Tensor, hops: int = 2, temperature: float = 0.05) -> Tensor:
+    """How far the connector changed who is near whom, (B,) nats for each sample of a batch (STRUCTURE, 2025).
+
+    Each side of the connector is a random walk on the batch: from a sample to another by the softmax of their cosines,
+    after the mean is taken off. It is the Jensen-Shannon divergence of where both walks are after l steps, weighted
+    1 / l and summed.
+
+    Args:
+        before: (B, D) what goes into a connector; gets no gradient.
+        after: (B, E) what comes out.
+        hops: Steps of the walk.
+        temperature: Divides the cosines.
+    """
+    with torch.autocast(before.device.type, enabled=False):
+        walks = [F.normalize(z - z.mean(0), dim=-1) for z in (before.detach(), after)]
+        walks = [(z @ z.T / temperature).softmax(-1) for z in walks]
+        places, total = walks, torch.zeros(len(before), device=before.device)
+        for hop in range(1, hops + 1):
+            middle = (places[0] + places[1]) / 2
+            divergence = sum((torch.xlogy(p, p) - torch.xlogy(p, middle)).sum(-1) for p in places) / 2
+            total = total + divergence / hop
+            places = [p @ walk for p, walk in zip(places, walks, strict=True)]
+    return total
+
+
 class Contrastive:
     """Task: the sides of a pair meet, and those of different pairs do not.
 
@@ -87,19 +115,23 @@ class Contrastive:
 
     def loss(self, batch: Mapping[str, Any], counts: Tensor) -> dict[str, Tensor]:
         """Symmetric InfoNCE in nats; the negatives of a pair are the others of this process's batch."""
-        sides = {name: batch[name] for name in ("a", "b")}
         model: Any = self.model
         spread = {name: z.to(counts.device) for name, z in self.spread.items()}
-        a, b = (model(name, z) for name, z in augment(sides, self.augmentation, spread).items())
-        loss = info_nce(a, b, model.clamp()).sum() / counts[0]
-        return {"loss": loss}
+        inputs = augment({name: batch[name] for name in ("a", "b")}, self.augmentation, spread)
+        a, b = (model(name, z) for name, z in inputs.items())
+        losses = info_nce(a, b, model.clamp())
+        if weight := self.augmentation.structure:
+            losses = losses + weight * (structure_loss(inputs["a"], a) + structure_loss(inputs["b"], b))
+        return {"loss": losses.sum() / counts[0]}
 
 
 @torch.no_grad()
 def evaluate(space: SharedSpace, pairs: Pairs) -> BothWays:
     """Ranks of pairs in both directions."""
     device = space.temperature.device
-    return both_ways(space("a", pairs.a.to(device)) @ space("b", pairs.b.to(device)).T)
+    a, b = space("a", pairs.a.to(device)), space("b", pairs.b.to(device))
+    with torch.autocast(device.type, enabled=False):
+        return both_ways(a @ b.T)
 
 
 class Selection:

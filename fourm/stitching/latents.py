@@ -31,8 +31,6 @@ from fourm.data.shards import ShardDataset
 from fourm.encoders import Encoder
 from fourm.stitching.encoders import Pooling, latents, load
 
-Normalise = Literal["none", "unit", "standard"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -96,33 +94,23 @@ class Latents:
         """Numbers in a vector."""
         return self.raw.shape[-1]
 
-    def item(self, i: int, normalise: Normalise = "none") -> Tensor:
+    def item(self, i: int) -> Tensor:
         """The latents of one sample, float32."""
         rows = slice(*self.offsets[i : i + 2]) if self.offsets else i
-        return self._normalised(self.raw[rows], normalise)
+        return torch.from_numpy(np.array(self.raw[rows], np.float32))
 
-    def read(self, rows: Sequence[int] | None = None, normalise: Normalise = "none") -> Tensor:
+    def read(self, rows: Sequence[int] | None = None) -> Tensor:
         """Vectors (n, D) or maps (n, h, w, D), float32, of some samples or all.
 
         Args:
             rows: Which.
-            normalise: `unit`: vectors of length 1; `standard`: each dimension less its mean, over its deviation.
 
         Raises:
             ValueError: Token states are of different lengths; take `item`.
         """
         if self.offsets:
             raise ValueError(f"{self.folder} holds states of tokens, of a different number each; read them one by one")
-        return self._normalised(self.raw if rows is None else self.raw[rows], normalise)
-
-    def _normalised(self, values: np.ndarray, how: Normalise) -> Tensor:
-        found = torch.from_numpy(np.array(values, np.float32))
-        if how == "unit":
-            return torch.nn.functional.normalize(found, dim=-1)
-        if how == "standard":
-            mean, std = (torch.tensor(self.card[figure]) for figure in ("mean", "std"))
-            return (found - mean) / std.clamp(min=1e-6)
-        return found
+        return torch.from_numpy(np.array(self.raw if rows is None else self.raw[rows], np.float32))
 
 
 def compute(
@@ -133,7 +121,7 @@ def compute(
     encoder: Encoder | None = None,
     batch_size: int = 64,
     chunk: int = 256,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     limit: int = 0,
 ) -> Latents:
     """Opens the latents of a split, after making those that are not there yet.
@@ -146,7 +134,7 @@ def compute(
         encoder: `source.encoder`, if it is loaded already.
         batch_size: Samples that are encoded at once.
         chunk: Samples after which what is done is written down.
-        device: Where the encoder runs.
+        device: Where the encoder runs, unless it is loaded already.
         limit: Samples at most, the first ones; 0 for all.
 
     Raises:
@@ -185,18 +173,19 @@ def _fill(
         "wanted": dict(wanted),
         "chunk": [batch_size, chunk],
         "bytes": 0,
-        "lengths": [],
+        "samples": 0,
+        "lengths": [],  # of token states
         "shape": None,
     }
     if progress.is_file():
         before = read_json(progress)
         check(aside, before["wanted"] | {"chunk": before["chunk"]}, {**wanted, "chunk": done["chunk"]})
         done = before
-    bar = tqdm(total=n, initial=len(done["lengths"]), desc=aside.parent.name, unit=" samples", mininterval=1)
+    bar = tqdm(total=n, initial=done["samples"], desc=aside.parent.name, unit=" samples", mininterval=1)
     with path.open("r+b" if done["bytes"] else "w+b") as file, bar:
         file.truncate(done["bytes"])
         file.seek(done["bytes"])
-        for start in range(len(done["lengths"]), n, chunk):
+        for start in range(done["samples"], n, chunk):
             for first in range(start, min(n, start + chunk), batch_size):
                 rows = range(first, min(n, start + chunk, first + batch_size))
                 values = [dataset[row][modality] for row in rows]
@@ -212,16 +201,17 @@ def _fill(
                     if not file.tell():
                         _write_header(file, wanted["dtype"], (0, *shape))
                     file.write(array.tobytes())
-                    done["lengths"].append(len(array) if array.ndim == 2 else 0)
+                    if array.ndim == 2:
+                        done["lengths"].append(len(array))
                 bar.update(len(rows))
+                done["samples"] += len(rows)
             _flush(file)
             write_durably(progress, json.dumps(done | {"bytes": file.tell()}))
-        ragged = any(done["lengths"])
-        total = sum(done["lengths"]) if ragged else n
+        total = sum(done["lengths"]) if done["lengths"] else n
         file.seek(0)
         _write_header(file, wanted["dtype"], (total, *done["shape"]))
         _flush(file)
-    offsets = [0, *itertools.accumulate(done["lengths"])] if ragged else None
+    offsets = [0, *itertools.accumulate(done["lengths"])] if done["lengths"] else None
     write_durably(aside / "ids.json", json.dumps({"ids": dataset.keys[:n], "offsets": offsets}))
     raw = np.load(path, mmap_mode="r", allow_pickle=False)
     write_durably(aside / "card.json", json.dumps({**wanted, "shape": raw.shape, **statistics(raw)}, indent=1))

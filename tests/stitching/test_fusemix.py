@@ -2,25 +2,31 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.spatial.distance import jensenshannon
 
 from fourm import cli
 from fourm.checkpoint import latest
 from fourm.evaluation.retrieval import both_ways
 from fourm.model.connectors import Connector, ConnectorConfig
 from fourm.stitching.baselines import asif, choose, ridge
-from fourm.stitching.curve import AdapterConfig, CurveConfig, measure, train_one
-from fourm.stitching.fusemix import Augmentation, Contrastive, Selection, augment, evaluate
-from fourm.stitching.pairs import Pairs
+from fourm.stitching.curve import AdapterConfig, CurveConfig, draw, measure, train_one
+from fourm.stitching.fusemix import Augmentation, Contrastive, Selection, augment, evaluate, structure_loss
+from fourm.stitching.latents import Source
+from fourm.stitching.pairs import Pairs, PairsConfig, choose_layers
 from fourm.stitching.space import SharedSpace, info_nce
+from fourm.stitching.teacher import open_side
 from fourm.training.optim import OptimConfig
 from fourm.training.trainer import TrainConfig
 from fourm.verbs import stitch_fusemix
+from fourm.verbs.stitch_retrieve import read_query
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +46,13 @@ def space(dim=6):
     )
 
 
+class AsTheyAre:
+    temperature = torch.tensor(1.0)
+
+    def __call__(self, side, z):
+        return z
+
+
 TRAIN = TrainConfig(steps=12, batch_size=8, eval_every=4, save_every=4, log_every=0, spike_sigma=0, precision="fp32",
                     optim=OptimConfig(lr=0.01, warmup=2))  # fmt: skip
 
@@ -51,6 +64,18 @@ def test_the_loss_is_the_mean_of_two_cross_entropies():
         F.cross_entropy(logits, target, reduction="none") + F.cross_entropy(logits.T, target, reduction="none")
     ) / 2
     torch.testing.assert_close(info_nce(a, b, 0.1), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(info_nce(a, b, 0.1), expected)
+
+
+def test_cosines_are_told_apart_under_autocast():
+    turns = torch.linspace(0, 1, 200)
+    some = Pairs(*[torch.stack([turns.cos(), turns.sin()], 1)] * 2, [str(i) for i in range(200)])
+    before, after = torch.randn(6, 5), torch.randn(6, 3)
+    expected = structure_loss(before, after)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert evaluate(AsTheyAre(), some).a_to_b.max() == 0  # in bf16 neighbours have the same cosine
+        assert torch.equal(structure_loss(before, after), expected)
 
 
 @pytest.mark.parametrize("partner", ["permutation", "half"])
@@ -95,6 +120,60 @@ def test_a_batch_is_scored_as_a_part_of_the_update_with_a_clamped_temperature():
     assert model.temperature.item() == 0.5
     expected = info_nce(model("a", some.a), model("b", some.b), 0.5).sum() / 12
     torch.testing.assert_close(loss, expected)
+
+
+def test_structure_is_the_divergence_of_walks():
+    """Against scipy's Jensen-Shannon distance, and a connector that keeps all cosines."""
+    before, after = torch.randn(6, 5), torch.randn(6, 3)
+    walks = []
+    for z in (before, after):
+        z = F.normalize(z - z.mean(0), dim=1)
+        walks.append((z @ z.T / 0.05).softmax(1).double().numpy())
+    for hops in (1, 2):
+        expected = sum(
+            jensenshannon(*(np.linalg.matrix_power(walk, hop) for walk in walks), axis=1) ** 2 / hop
+            for hop in range(1, hops + 1)
+        )
+        np.testing.assert_allclose(structure_loss(before, after, hops), expected, atol=1e-5)
+    turn = torch.linalg.qr(torch.randn(5, 5))[0]
+    kept = structure_loss(before, 3 * before @ turn + 1)
+    torch.testing.assert_close(kept, torch.zeros(6), atol=1e-5, rtol=0)
+    model, some = space(), pairs(6)
+    plain, more = (
+        Contrastive(model, Augmentation(kind="none", structure=weight), some).loss(
+            {"a": some.a, "b": some.b}, torch.tensor([6.0])
+        )["loss"]
+        for weight in (0.0, 10.0)
+    )
+    said = sum(structure_loss(z, model(side, z)).mean() for side, z in (("a", some.a), ("b", some.b)))
+    torch.testing.assert_close(more, plain + 10 * said)
+    more.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_layers_are_chosen_that_have_the_same_neighbours(tmp_path, monkeypatch):
+    chosen = {}
+    factors, other = torch.randn(30, 4), torch.randn(30, 4)
+    table = {"p:a@1": other, "p:a@2": factors, "p:b@1": torch.randn(30, 4), "p:b@2": -2 * factors}
+
+    def stored(source, *_, **__):
+        chosen[source.encoder] = chosen.get(source.encoder, 0) + 1
+        return SimpleNamespace(read=lambda: table[source.encoder])
+
+    monkeypatch.setattr("fourm.stitching.pairs.compute", stored)
+    config = PairsConfig(data="d", latents="l", a=Source(modality="x", encoder="p:a"),
+                         b=Source(modality="y", encoder="p:b@1"), a_layers=["1", "2"], b_layers=["1", "2"])  # fmt: skip
+    best, found = choose_layers(config, k=3)
+    assert (best.a.encoder, best.b.encoder) == ("p:a@2", "p:b@2") and set(chosen.values()) == {1}
+    assert found["p:a@2 p:b@2"] == 1 and max(value for pair, value in found.items() if "@1" in pair) < 0.6
+    assert choose_layers(best) == (best, {})
+    one, _ = choose_layers(dataclasses.replace(config, a_layers=["2"], b_layers=[]), k=3)
+    assert (one.a.encoder, one.b.encoder) == ("p:a@2", "p:b@1")
+    with pytest.raises(ValueError, match=r"a_layers is \['1'\], but fourm:x@rgb has none to choose"):
+        choose_layers(dataclasses.replace(config, a=Source(modality="x", encoder="fourm:x@rgb"), a_layers=["1"]))
+    few = stitch_fusemix.Config(folder="f", pairs=config, curve=CurveConfig(sizes=[100, 0]))
+    with pytest.raises(ValueError, match=r"curve.sizes is \[100, 0\].* chosen with all .*; allowed is \[0\]"):
+        stitch_fusemix.run(few)
 
 
 def test_a_space_comes_back(tmp_path):
@@ -180,7 +259,43 @@ def test_a_run_learns_and_goes_on_after_a_kill_to_the_same_end(tmp_path, monkeyp
     assert train_one(adapter, Augmentation(), splits, TRAIN, tmp_path / "killed") == again
 
 
-def test_the_curve_compares_arms_on_the_same_queries(tmp_path):
+def test_what_was_best_of_a_killed_run_is_not_believed_by_another(tmp_path, monkeypatch):
+    splits = {"train": pairs(40), "val": pairs(20, 1), "test": pairs(20, 2)}
+    adapter, loss, calls = AdapterConfig(dim=6, hidden=16), Contrastive.loss, []
+    train = dataclasses.replace(TRAIN, save_every=0)
+
+    def dies(self, batch, counts):
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return loss(self, batch, counts)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Contrastive, "loss", dies)
+        train_one(adapter, Augmentation(), splits, train, tmp_path)
+    assert latest(tmp_path) is None and latest(tmp_path / "best") is not None
+    slow = dataclasses.replace(train, optim=dataclasses.replace(train.optim, lr=1e-9))  # worse than what was killed
+    found = train_one(adapter, Augmentation(), splits, slow, tmp_path)
+    expected = train_one(adapter, Augmentation(), splits, slow, tmp_path / "fresh")
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+
+
+def test_the_picture_of_the_curve_has_the_intervals_over_seeds_too(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    rows = {name: {"mean": {"mean": 0.5, "std": 0.1}} for name in ("none", "shared")}
+    gain = {"difference": 0.04, "low": 0.03, "high": 0.05, "with_seeds": [0.01, 0.08]}
+    found = {"curve": {10: rows, 20: rows}, "differences": {n: {"none": {"mean": gain}} for n in (10, 20)}}
+    draw(found, "shared", tmp_path / "curve.png", "title")
+    axes = figures[0].axes[1]
+    bars = axes.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose([bar[:, 1] for bar in bars], [[1, 8]] * 2)
+    assert "95 % over queries and seeds" in axes.get_title()
+
+
+def test_the_curve_compares_arms_on_the_same_queries(tmp_path, monkeypatch):
     splits = {"train": pairs(40), "val": pairs(20, 1), "test": pairs(20, 2)}
     config = CurveConfig(arms={"none": Augmentation(kind="none"), "shared": Augmentation()}, noise=[0.1, 0.2],
                          sizes=[10, 0], seeds=2)  # fmt: skip
@@ -195,13 +310,31 @@ def test_the_curve_compares_arms_on_the_same_queries(tmp_path):
     difference = found["differences"][40]["none"]["R@1"]
     assert np.allclose(difference["seeds"], np.mean(hits["shared"], 1) - np.mean(hits["none"], 1))
     assert difference["low"] <= difference["difference"] <= difference["high"]
+    recall = [found["curve"][40]["shared"][f"R@{k}"]["mean"] for k in (1, 5, 10)]
+    assert np.isclose(found["curve"][40]["shared"]["mean"]["mean"], np.mean(recall))
+    gains = [found["differences"][40]["none"][f"R@{k}"]["difference"] for k in (1, 5, 10)]
+    assert np.isclose(found["differences"][40]["none"]["mean"]["difference"], np.mean(gains))
+    later = measure(dataclasses.replace(config, sizes=[0], seeds=1), AdapterConfig(dim=6, hidden=16), splits,
+                    dataclasses.replace(short, seed=7), tmp_path / "later", {})  # fmt: skip
+    assert "noise/40/7" in later["chosen"] and (tmp_path / "later/runs/shared/40-7/space").is_dir()
     for seed in (0, 1):
         scores = {
             level: json.loads((tmp_path / f"runs/noise-{level}/40-{seed}/result.json").read_text())["score"]
             for level in (0.1, 0.2)
         }
         assert scores[float(found["chosen"][f"noise/40/{seed}"])] == max(scores.values())
-    assert [path.name for path in tmp_path.glob("runs/*/*/space")] == ["space"]
+    assert [path.parent.name for path in tmp_path.glob("runs/*/*/space")] == ["40-0"]
+    with pytest.raises(ValueError, match="against is 'share', allowed are the arms none, shared"):
+        dataclasses.replace(config, against="share")
+    few, card = dataclasses.replace(config, sizes=[10, 20], seeds=1, noise=[]), {"made": "here"}
+    measure(few, AdapterConfig(dim=6, hidden=16), splits, short, tmp_path / "few", card)
+    kept, run = SharedSpace.load(tmp_path / "few/space"), SharedSpace.load(tmp_path / "few/runs/shared/20-0/space")
+    assert kept.card == card and torch.equal(kept("a", splits["test"].a), run("a", splits["test"].a))
+    shutil.rmtree(tmp_path / "few/space")  # as of runs that kept it beside themselves only
+    with monkeypatch.context() as patched:
+        patched.setattr(Contrastive, "loss", None)
+        measure(few, AdapterConfig(dim=6, hidden=16), splits, short, tmp_path / "few", {"made": "there"})
+    assert SharedSpace.load(tmp_path / "few/space").card == {"made": "there"}
     subset = splits["train"].subset(10, 0)
     expected = both_ways(ridge(subset, splits["test"], **found["chosen"]["ridge/10/0"])).figures()["R@1"]
     other = both_ways(ridge(splits["train"].subset(10, 1), splits["test"], **found["chosen"]["ridge/10/1"])).figures()[
@@ -232,16 +365,49 @@ def test_the_verbs_train_and_retrieve(tmp_path, capsys, monkeypatch):
     cli.main(["stitch", "fusemix", "--config", str(tmp_path / "config.yaml")])
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert set(metrics["curve"]) == {"6", "12"} and "6 test pairs" in metrics["protocol"]
+    rows = {row[0]: row for row in metrics["tables"][1][2]}
+    assert float(rows["ridge"][1]) == round(100 * metrics["curve"]["12"]["ridge"]["mean"]["mean"], 1)
+    gain = metrics["differences"]["12"]["none"]["mean"]
+    assert rows["none"][4:6] == [f"{100 * gain['difference']:+.2f}",
+                                 f"{100 * gain['low']:+.2f} to {100 * gain['high']:+.2f}"]  # fmt: skip
     assert (tmp_path / "run/curve.png").stat().st_size > 5000
-    found = tmp_path / "run/runs/shared/12-0/space"
+    found, drawn = tmp_path / "run/space", tmp_path / "run/retrieved.png"
+    first = np.asarray(Image.open(drawn))
+    assert first.shape[:2] == (8 * 288, 6 * 240)  # four queries each way, and five that are found
+    capsys.readouterr()
     query = ["--query", str(tmp_path / "data/test/rgb/3.png"), "--space", str(found), "--side", "a", "--k", "3"]
+    cli.main(["stitch", "retrieve", *query])
+    *lines, last = capsys.readouterr().out.splitlines()
+    scores = [float(line.split()[0]) for line in lines]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True) and last == str(drawn)
+    assert np.asarray(Image.open(drawn)).shape[:2] == (288, 4 * 240)
     cli.main(["stitch", "retrieve", *query, "--output", str(tmp_path / "found.png")])
-    assert (tmp_path / "found.png").is_file() and "3 pairs" not in capsys.readouterr().err
+    assert (tmp_path / "found.png").is_file()
     card = json.loads((found / "config.json").read_text())
     card["card"]["made"]["b"]["weights"] = "0" * 12
     (found / "config.json").write_text(json.dumps(card))
+    open_side.cache_clear()
     with pytest.raises(ValueError, match="asked for is weights 000000000000"):
         cli.main(["stitch", "retrieve", *query])
+
+
+def test_queries_are_what_the_side_is_of(tmp_path):
+    from PIL import Image
+
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    (tmp_path / "x.txt").write_text("x")
+    assert np.array_equal(read_query(str(tmp_path / "x.png"), pixels, ""), pixels)
+    assert read_query("long " * 100, "a text", "") == "long " * 100
+    for query, example, message in (
+        ("y.png", pixels, "query is 'y.png', but side a is of rgb, pictures, and there is no such file"),
+        ("long " * 100, pixels, "pictures, and there is no such file"),
+        (str(tmp_path / "x.txt"), pixels, "x.txt, which is no picture"),
+        (str(tmp_path / "x.png"), ["a text"], "x.png, but side a is of rgb, texts; give a text"),
+        ("x", np.zeros(5, np.float32), "neither pictures nor texts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_query(query, example, "side a is of rgb")
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/stitch/fusemix-*.yaml")), ids=lambda path: path.stem)

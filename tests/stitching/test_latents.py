@@ -1,7 +1,10 @@
 """The store of latents: what is in it, that a kill costs nothing, and that other latents are refused."""
 
+import dataclasses
 import json
 import os
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +12,11 @@ import torch
 from PIL import Image
 
 import fourm.stitching.latents as module
+import fourm.stitching.pairs as pairs_module
+from fourm.encoders import FunctionEncoder
 from fourm.stitching.encoders import latents, load
 from fourm.stitching.latents import Latents, Source, compute
-from fourm.stitching.pairs import PairLoader, Pairs, PairsConfig, load_pairs
+from fourm.stitching.pairs import PairLoader, Pairs, PairsConfig, choose_layers, load_pairs
 
 RNG = np.random.default_rng(0)
 
@@ -62,7 +67,7 @@ def picture(data, i, split="train"):
     return np.asarray(Image.open(data / split / "rgb" / f"{i:02}.png"), np.float32)
 
 
-def test_vectors_are_stored_raw_and_normalised_on_reading(data, tmp_path):
+def test_vectors_are_stored_as_they_are(data, tmp_path):
     found = compute(source(), data, "train", tmp_path, batch_size=2, chunk=4)
     assert found.ids == [f"{i:02}" for i in range(11)] and found.dim == 3 and len(found) == 11
     expected = np.stack([picture(data, i).mean((0, 1)) for i in range(11)])
@@ -70,9 +75,7 @@ def test_vectors_are_stored_raw_and_normalised_on_reading(data, tmp_path):
     assert isinstance(found.raw, np.memmap)
     np.testing.assert_allclose(found.card["mean"], expected.mean(0), rtol=1e-6)
     np.testing.assert_allclose(found.card["std"], expected.std(0), rtol=1e-5)
-    standard = found.read(normalise="standard")
-    np.testing.assert_allclose(standard, (expected - expected.mean(0)) / expected.std(0), atol=1e-4)
-    np.testing.assert_allclose(found.read([3, 1], "unit").norm(dim=1), [1, 1], rtol=1e-6)
+    np.testing.assert_array_equal(found.read([3, 1]), found.raw[[3, 1]])
     assert compute(source(), data, "val", tmp_path, limit=2).ids == ["00", "01"]
 
 
@@ -103,7 +106,8 @@ def test_what_was_killed_goes_on_and_ends_with_the_same_bytes(data, tmp_path, mo
         compute(source(), data, "train", tmp_path / "killed", **options)
     place = tmp_path / "killed" / source().name
     assert os.listdir(place) == [".train.partial"]
-    assert len(json.loads((place / ".train.partial" / "progress.json").read_text())["lengths"]) == 4
+    progress = json.loads((place / ".train.partial" / "progress.json").read_text())
+    assert progress["samples"] == 4 and progress["lengths"] == []
     with pytest.raises(ValueError, match=r"chunk \[2, 4\]; asked for is chunk \[2, 5\]"):
         compute(source(), data, "train", tmp_path / "killed", batch_size=2, chunk=5)
     counted = []
@@ -112,6 +116,39 @@ def test_what_was_killed_goes_on_and_ends_with_the_same_bytes(data, tmp_path, mo
     assert sum(counted) == 11 - 4
     for name in ("latents.npy", "ids.json", "card.json"):
         assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_killed_states_of_tokens_go_on(data, tmp_path, monkeypatch):
+    words, options = source("caption", "none"), {"batch_size": 2, "chunk": 4}
+    whole = compute(words, data, "train", tmp_path / "whole", **options)
+    calls = []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return latents(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module, "latents", dies)
+        compute(words, data, "train", tmp_path / "killed", **options)
+    again = compute(words, data, "train", tmp_path / "killed", **options)
+    assert again.offsets == whole.offsets == [0, *np.cumsum(3 * np.arange(1, 12))]
+    assert np.array_equal(again.raw, whole.raw)
+
+
+def test_an_encoder_runs_where_the_program_does_and_is_hashed_once(data, tmp_path, monkeypatch):
+    hashed, devices = [], []
+    weights = FunctionEncoder.weights
+    monkeypatch.setattr(FunctionEncoder, "weights", lambda self: hashed.append(self.name) or weights(self))
+    monkeypatch.setattr(pairs_module, "accelerator", lambda: SimpleNamespace(device=torch.device("meta")))
+    monkeypatch.setattr(FunctionEncoder, "to", lambda self, device: devices.append(str(device)) or self)
+    config = PairsConfig(data=str(data), a=source(), b=source("caption"), latents=str(tmp_path))
+    load_pairs(config)
+    assert devices == ["meta", "meta"] and len(hashed) == 2  # not once for each of three splits
+    setattr(sys.modules[__name__], "means@1", means)
+    choose_layers(dataclasses.replace(config, a_layers=["1"], b=source()), k=3)
+    assert devices[2:] == ["meta", "meta"]
 
 
 def test_other_latents_are_refused_with_both_sides_named(data, tmp_path):
