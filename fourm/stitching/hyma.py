@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ def load_zoo(config: ZooConfig) -> dict[str, Zoo]:
     means: dict[str, dict[str, Tensor]] = {"a": {}, "b": {}}
     for side, sources in (("a", config.a), ("b", config.b)):
         for name, source in sources.items():
-            encoder = load(source.encoder, size=source.size)
+            encoder = load(source.encoder, runtime.accelerator().device, source.size)
             for split in SPLITS:
                 stored = compute(source, config.data, split, config.latents, encoder)
                 zoo = found.setdefault(split, Zoo({}, {}, stored.ids, means))
@@ -475,6 +476,9 @@ def fit(model: Any, zoo: Mapping[str, Zoo], pairs: Sequence[Pair], turns: int, t
     loader = ZooLoader(zoo["train"], pairs, turns, share, train.seed, rank, joined.num_processes)
     parts = [([pair for pair in part if pair in pairs], prefix) for part, prefix in model.parts()]
     parts = [(part, prefix) for part, prefix in parts if part]
+    if joined.is_main_process and checkpoint.latest(folder) is None:  # then what was best is of another run
+        shutil.rmtree(folder / "best", ignore_errors=True)
+    joined.wait_for_everyone()
     stop = Stop(zoo["val"], parts, folder / "best", joined.is_main_process)
     Trainer(train, Aligning(model, temperature), loader, {"val": stop}, folder, fingerprints=made).fit()
     model.load_state_dict(stop.best, strict=False)  # pairs that did not train

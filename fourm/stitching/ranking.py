@@ -320,6 +320,8 @@ def draw(found: Mapping[str, Any], path: Path, title: str) -> None:
     for number, arm in enumerate(("Hyma", "connectors of their own")):
         values = [100 * each["mean"]["arms"][number] for each in found["curve"].values()]
         axes[2].semilogx(list(map(int, found["curve"])), values, "o-", label=arm)
+    axes[2].set_xticks([int(n) for n in found["curve"]], found["curve"])
+    axes[2].minorticks_off()
     axes[2].axhline(100 * found["ranked"]["grid search"]["mean"], color="grey", ls=":", label="grid search to its end")
     axes[2].set(xlabel="updates of each pair", title="mean quality over pairs, points")
     axes[2].legend()

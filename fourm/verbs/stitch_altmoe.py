@@ -84,7 +84,7 @@ def run(config: Config) -> None:
         return altmoe.Predictor(widths, altmoe.all_ways(sides), method, card).fit_scale(vectors)
 
     def one(name: str, model: altmoe.Predictor, method: altmoe.Method, ways: Sequence[str], seed: int) -> None:
-        train = TrainConfig(**{each.name: getattr(config, each.name) for each in dataclasses.fields(TrainConfig)})
+        train = TrainConfig.of(config)
         place = folder / "runs" / name.replace(" ", "-") / str(seed)
         found = altmoe.train_one(model, method, ways, items, dataclasses.replace(train, seed=seed), place)
         runs.setdefault(name, []).append(found)

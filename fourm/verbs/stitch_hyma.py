@@ -42,7 +42,7 @@ def run(config: Config) -> None:
         runtime.open_run(folder, dataclasses.asdict(config))
     with joined.main_process_first():  # which makes the latents
         zoo = load_zoo(config.zoo)
-    train = TrainConfig(**{each.name: getattr(config, each.name) for each in dataclasses.fields(TrainConfig)})
+    train = TrainConfig.of(config)
     result = train_arm("hyma", config.align, zoo, train, folder, {"zoo": dataclasses.asdict(config.zoo)})
     if joined.is_main_process:
         hyma = Hyma.load(folder / "hyma")

@@ -48,7 +48,7 @@ def run(config: Config) -> None:
         runtime.open_run(folder, dataclasses.asdict(config))
     with joined.main_process_first():  # which makes the latents
         zoo = load_zoo(config.zoo)
-    train = TrainConfig(**{each.name: getattr(config, each.name) for each in dataclasses.fields(TrainConfig)})
+    train = TrainConfig.of(config)
     found = measure(config.rank, config.align, zoo, train, folder)
     if joined.is_main_process:
         counts = {split: len(each.ids) for split, each in zoo.items()}

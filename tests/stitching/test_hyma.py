@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -48,6 +49,22 @@ def hypernetwork(conditioning="encoders", depth=1, seed=0):
     torch.manual_seed(seed)
     config = dataclasses.replace(SMALL, conditioning=conditioning)
     return Hyma(config, Shape(depth=depth, hidden=7), zoo(30).means)
+
+
+def test_best_weights_of_another_run_in_the_same_folder_are_not_taken(tmp_path):
+    splits, config = {"train": zoo(60), "val": zoo(30, 1)}, dataclasses.replace(TRAIN, steps=10, eval_every=5)
+    fast, slow = (dataclasses.replace(config, optim=OptimConfig(lr=lr, warmup=0)) for lr in (0.01, 1e-7))
+
+    def trained(train, folder):
+        model = hypernetwork()
+        module.fit(model, splits, splits["train"].pairs, 3, 0.1, train, tmp_path / folder)
+        return model.layer_codes.detach()
+
+    other = trained(fast, "used")
+    for path in (tmp_path / "used").glob("checkpoint-*"):  # as if it had been killed: `save_every` is 0
+        shutil.rmtree(path)
+    used, fresh = trained(slow, "used"), trained(slow, "fresh")
+    assert torch.equal(used, fresh) and not torch.equal(used, other)
 
 
 @pytest.mark.parametrize("conditioning", ["encoders", "pair", "features"])
