@@ -30,7 +30,7 @@ class SearchConfig:
         data: Split of token data, such as `runs/tokens/val`.
         masking: What is given and asked of them.
         modalities: Which of the composed model's they have; default: all.
-        samples: How many are used at most, the first ones, in whole batches of up to 64.
+        samples: How many are used at most, drawn once, in whole batches of up to 64.
         step: Of the grid of weights.
     """
 
