@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fourm.checkpoint import read_json
+from fourm.checkpoint import read_json, read_tensors, unshared
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +72,38 @@ class Connector(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.config), indent=2) + "\n")
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_model(self, dataclasses.asdict(self.config), folder)
 
 
 def load_connector(folder: str | Path) -> Connector:
     """Inverse of `Connector.save`; ValueError where the folder holds none."""
+    return with_weights(Connector(ConnectorConfig(**read_config(folder, "kind", "connector"))), folder)
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+def save_model(model: nn.Module, config: Mapping[str, Any], folder: str | Path) -> None:
+    """Writes the weights as `model.safetensors`, and as `config.json` what they go into."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no connector")
-    connector = Connector(ConnectorConfig(**read_json(folder / "config.json")))
-    connector.load_state_dict(load_file(folder / "model.safetensors"))
-    return connector.eval()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(unshared(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_config(folder: str | Path, key: str, what: str) -> dict[str, Any]:
+    """The `config.json` of a folder; ValueError where there is none that has a key, and so no `what`."""
+    path = Path(folder) / "config.json"
+    found = read_json(path) if path.is_file() else {}
+    if key not in found:
+        raise ValueError(f"{folder} holds no {what}")
+    return found
+
+
+def with_weights(model: M, folder: str | Path) -> M:
+    """A model with the weights of a folder, in evaluation mode."""
+    model.load_state_dict(read_tensors(Path(folder) / "model.safetensors"))
+    return model.eval()
 
 
 # Kinds ---------------------------------------------------------------------------------------------------------------
@@ -131,13 +149,19 @@ class Routing(NamedTuple):
     probabilities: Tensor
 
 
+def expert(dim: int, hidden: int, dropout: float) -> nn.Module:
+    """Linear-GELU-Linear, with dropout after both."""
+    inner, outer = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+    return nn.Sequential(inner, nn.GELU(), nn.Dropout(dropout), outer, nn.Dropout(dropout))
+
+
 class SparseMoE(nn.Module):
     """Experts of which each vector is seen by the k that its gate likes best; the others do not compute.
 
     Args:
         dim: Numbers in a vector.
         experts: How many.
-        hidden: Width inside an expert, Linear-GELU-Linear with dropout after both.
+        hidden: Width inside an `expert`.
         top_k: Experts that see a vector.
         renormalise: Make the weights of those sum to 1.
         dropout: Inside the experts.
@@ -152,12 +176,7 @@ class SparseMoE(nn.Module):
             raise ValueError(f"top_k is {top_k}, allowed are 1 to {experts}, the number of experts")
         self.top_k, self.renormalise = top_k, renormalise
         self.gate = nn.Linear(dim, experts)
-        self.experts = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim), nn.Dropout(dropout)
-            )
-            for _ in range(experts)
-        )
+        self.experts = nn.ModuleList(expert(dim, hidden, dropout) for _ in range(experts))
         self.routing: Routing | None = None
 
     def route(self, x: Tensor) -> Routing:

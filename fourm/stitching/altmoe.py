@@ -9,36 +9,27 @@ Notable:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import math
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fourm import checkpoint
-from fourm.checkpoint import read_json, read_tensors
-from fourm.data.rewrite import write_durably
 from fourm.evaluation.retrieval import ranks, recalls
-from fourm.model.connectors import Routing, SparseMoE, balance_loss, expert_load
-from fourm.runtime import generator
-from fourm.stitching.fusemix import Selection
-from fourm.stitching.latents import Source
-from fourm.stitching.pairs import PairsConfig, load_pairs
+from fourm.model import connectors
+from fourm.model.connectors import Routing, SparseMoE, balance_loss, expert, expert_load
+from fourm.stitching.pairs import Samples
+from fourm.stitching.runs import Run
 from fourm.stitching.space import info_nce
-from fourm.training.trainer import TrainConfig, Trainer
+from fourm.training.trainer import TrainConfig
 
 LOSSES = ("contrastive", "regression")
 
@@ -79,59 +70,6 @@ class Method:
     gradients: float = 1.0
 
 
-# Data ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Items:
-    """Vectors (n, D) of n samples on each side, and the samples' names."""
-
-    vectors: dict[str, Tensor]
-    ids: list[str]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def load_items(data: str, latents: str, sides: Mapping[str, Source], limit: int = 0) -> dict[str, Items]:
-    """Items by split, with their latents made where they are not there; as `load_pairs`, which see."""
-    (first, source), *others = sides.items()
-    if not others:
-        raise ValueError(f"sides are {first}, expected two or more")
-    found: dict[str, Items] = {}
-    for name, other in others:
-        for split, pairs in load_pairs(PairsConfig(data=data, a=source, b=other, latents=latents, limit=limit)).items():
-            found.setdefault(split, Items({first: pairs.a}, pairs.ids)).vectors[name] = pairs.b
-    return found
-
-
-class ItemLoader:
-    """Batches for the trainer, each drawn anew without replacement: dicts of `sides`, `keys`, and what schedules need.
-
-    Args:
-        items: The training items.
-        batch_size: Items in a batch.
-        seed: Decides the draws.
-
-    Raises:
-        ValueError: There are fewer items than a batch has.
-    """
-
-    def __init__(self, items: Items, batch_size: int, seed: int):
-        if batch_size > len(items):
-            raise ValueError(f"batches have {batch_size} items, but there are {len(items)}")
-        self.items, self.batch_size, self.seed = items, batch_size, seed
-
-    def batches(self, start_step: int = 0) -> Iterator[dict[str, Any]]:
-        """`sides` (B, D) by name, `keys`, `step`: the batch's number, and `draw`: a number in [0, 1) of its own."""
-        for step in itertools.count(start_step):
-            rng = generator(self.seed, "batch", step)
-            rows = torch.randperm(len(self.items), generator=rng)[: self.batch_size]
-            sides = {name: z[rows] for name, z in self.items.vectors.items()}
-            keys = tuple(self.items.ids[row] for row in rows.tolist())
-            yield {"sides": sides, "keys": keys, "step": step, "draw": float(torch.rand((), generator=rng))}
-
-
 # Model ---------------------------------------------------------------------------------------------------------------
 
 
@@ -166,10 +104,7 @@ class Predictor(nn.Module):
         self.loss_type = nn.Parameter(0.02 * torch.randn(len(LOSSES), h))
         self.experts: nn.Module
         if method.dense:
-            wide, p = method.dense * h, method.dropout
-            self.experts = nn.Sequential(
-                nn.Linear(h, wide), nn.GELU(), nn.Dropout(p), nn.Linear(wide, h), nn.Dropout(p)
-            )
+            self.experts = expert(h, method.dense * h, method.dropout)
         else:
             self.experts = SparseMoE(h, method.experts, h, method.top_k, method.renormalise, method.dropout)
         self.norm = nn.LayerNorm(h)
@@ -221,23 +156,15 @@ class Predictor(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         shape = {"widths": self.widths, "directions": self.directions, "method": dataclasses.asdict(self.method)}
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(shape | {"card": self.card}, indent=2) + "\n")
+        connectors.save_model(self, shape | {"card": self.card}, folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Predictor:
         """Inverse of `save`; ValueError where the folder holds none."""
-        folder = Path(folder)
-        found = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-        if "directions" not in found:
-            raise ValueError(f"{folder} holds no predictor of Alt-MoE")
+        found = connectors.read_config(folder, "directions", "predictor of Alt-MoE")
         model = cls(found["widths"], found["directions"], Method(**found["method"]), found["card"])
-        model.load_state_dict(read_tensors(folder / "model.safetensors"))
-        return model.eval()
+        return connectors.with_weights(model, folder)
 
 
 def split(way: str, sides: Mapping[str, Any]) -> tuple[str, str]:
@@ -346,32 +273,23 @@ class Directions:
 
 
 @torch.no_grad()
-def evaluate(model: Predictor, items: Items, ways: Sequence[str]) -> dict[str, Tensor]:
+def evaluate(model: Predictor, items: Samples, ways: Sequence[str]) -> dict[str, Tensor]:
     """Ranks (n,) of the right items in each direction."""
-    z, targets = items.vectors, {way: split(way, model.widths) for way in ways}
+    z, targets = items.sides, {way: split(way, model.widths) for way in ways}
     return {way: ranks(model.query(way, z[a]) @ model.items(b, z[b]).T) for way, (a, b) in targets.items()}
 
 
-class SelectPredictor(Selection):
-    """Evaluator: recalls on the validation split; keeps the weights whose mean recall was best."""
-
-    def __init__(self, items: Items, ways: Sequence[str], watched: Sequence[str], folder: Path):
-        super().__init__(items, folder)  # type: ignore[arg-type]
-        self.items, self.ways, self.watched = items, ways, watched
-
-    def __call__(self, model: Any, step: int) -> dict[str, float]:
-        """R@1 of the watched directions, and the score: mean of R@1, R@5, R@10 over the trained ones."""
-        found = {way: recalls(each) for way, each in evaluate(model, self.items, self.watched).items()}
-        score = sum(sum(found[way].values()) for way in self.ways) / 3 / len(self.ways)
-        if score > self.score:
-            self.score = score
-            checkpoint.save(self.folder, step, {"model": model.state_dict()}, {"score": score}, keep=1)
-        return {"score": score, **{way: each["R@1"] for way, each in found.items()}}
+def watch(
+    model: Predictor, items: Samples, ways: Sequence[str], trained: Sequence[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """For `Best`: R@1 of some directions, and the score: mean of R@1, R@5, R@10 over the trained ones among them."""
+    found = {way: recalls(each) for way, each in evaluate(model, items, ways).items()}
+    score = sum(sum(found[way].values()) for way in trained) / 3 / len(trained)
+    return {"score": score, **{way: each["R@1"] for way, each in found.items()}}, {"": score}
 
 
-def train_one(
-    model: Predictor, method: Method, ways: Sequence[str], items: Mapping[str, Items], train: TrainConfig, folder: Path
-) -> dict[str, Any]:
+def train_one(model: Predictor, method: Method, ways: Sequence[str], items: Mapping[str, Samples], train: TrainConfig,
+              folder: Path) -> dict[str, Any]:  # fmt: skip
     """One run with the trainer, selected on the validation split and ranked on the test split; `model` ends trained.
 
     Args:
@@ -389,44 +307,32 @@ def train_one(
     turns = 1 if method.schedule == "joint" else len(ways)
     steps, size = round(train.steps * method.gradients) * turns, min(train.batch_size, len(items["train"]))
     train = dataclasses.replace(train, steps=steps, batch_size=size, eval_every=train.eval_every * turns)
-    data = digest({f"{name}/{side}": z for name, each in items.items() for side, z in each.vectors.items()})
+    data = digest({f"{name}/{side}": z for name, each in items.items() for side, z in each.sides.items()})
     made = {"data": data, "model": digest(model.state_dict()), "method": repr(method), "directions": " ".join(ways)}
-    settings = {**made, "train": json.loads(json.dumps(dataclasses.asdict(train)))}
-    record = folder / "result.json"
-    if record.is_file() and (found := read_json(record))["settings"] == settings:
-        model.eval().load_state_dict(read_tensors(folder / "model/model.safetensors"))
+    run = Run(folder, train, made, "model")
+    if found := run.finished():
+        connectors.with_weights(model, folder / "model")
         return found
-    began = time.perf_counter()
-    if checkpoint.latest(folder) is None:  # then the best weights are of a killed run, maybe of other settings
-        shutil.rmtree(folder / "best", ignore_errors=True)
-    selection = SelectPredictor(items["val"], ways, model.directions, folder / "best")
-    task, loader = Directions(model, method, ways), ItemLoader(items["train"], train.loader_batch(1), train.seed)
-    with contextlib.redirect_stdout(io.StringIO()):  # a comparison is dozens of these
-        Trainer(train, task, loader, {"val": selection}, folder, fingerprints=made).fit()
-    step = selection.restore(model.cpu())
-    model.eval().save(folder / "model")
+    best = run.fit(Directions(model, method, ways), items["train"],
+                   lambda model: watch(model, items["val"], model.directions, ways))  # fmt: skip
+    model.cpu().eval()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = {
         "ranks": {way: each.tolist() for way, each in evaluate(model, items["test"], model.directions).items()},
         "course": [each for each in records if "val/score" in each],
         "loads": loads(model, items["test"]) if isinstance(model.experts, SparseMoE) else {},
-        "score": selection.score,
-        "step": step,
+        "score": best.scores[""],
+        "step": best.step,
         "updates": steps,
-        "seconds": round(time.perf_counter() - began, 2),
-        "settings": settings,
     }
-    write_durably(record, json.dumps(result))
-    for path in [folder / "best", *folder.glob("checkpoint-*")]:
-        shutil.rmtree(path)
-    return result
+    return run.finish(result, model)
 
 
 # What the experts and the gradients do -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def loads(model: Predictor, items: Items) -> dict[str, Any]:
+def loads(model: Predictor, items: Samples) -> dict[str, Any]:
     """How vectors spread over the experts.
 
     Returns:
@@ -437,7 +343,7 @@ def loads(model: Predictor, items: Items) -> dict[str, Any]:
     moe: Any = model.experts
     found = {loss: dict[str, Any](load={}) for loss in LOSSES}
     for way in model.directions:
-        model.hidden(way, items.vectors[split(way, model.widths)[0]])
+        model.hidden(way, items.sides[split(way, model.widths)[0]])
         halves = [Routing(*each) for each in zip(*(part.chunk(2) for part in moe.routing), strict=True)]
         for loss, routing in zip(LOSSES, halves, strict=True):
             found[loss]["load"][way] = expert_load(routing).double()

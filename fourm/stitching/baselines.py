@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fourm.evaluation.retrieval import both_ways, similarities
-from fourm.stitching.pairs import Pairs
+from fourm.stitching.pairs import Samples
 
 
-def ridge(train: Pairs, test: Pairs, strength: float) -> Tensor:
+def ridge(train: Samples, test: Samples, strength: float) -> Tensor:
     """Scores (n, n) by linear least squares in both directions: the sum of both cosines.
 
     Args:
@@ -23,7 +23,7 @@ def ridge(train: Pairs, test: Pairs, strength: float) -> Tensor:
     """
     total: Any = 0
     for source, target in (("a", "b"), ("b", "a")):
-        x, y = getattr(train, source).double(), getattr(train, target).double()
+        x, y = train.sides[source].double(), train.sides[target].double()
         means = x.mean(0), y.mean(0)
         x, y = x - means[0], y - means[1]
         penalty = strength * x.square().sum() / len(x) * torch.eye(min(x.shape), dtype=x.dtype)
@@ -31,13 +31,13 @@ def ridge(train: Pairs, test: Pairs, strength: float) -> Tensor:
             weights = x.T @ torch.linalg.solve(x @ x.T + penalty, y)
         else:
             weights = torch.linalg.solve(x.T @ x + penalty, x.T @ y)
-        guesses = (getattr(test, source).double() - means[0]) @ weights
-        scores = similarities(guesses, getattr(test, target).double() - means[1])
+        guesses = (test.sides[source].double() - means[0]) @ weights
+        scores = similarities(guesses, test.sides[target].double() - means[1])
         total = total + (scores if source == "a" else scores.T)
     return total
 
 
-def asif(train: Pairs, test: Pairs, neighbours: int, power: float) -> Tensor:
+def asif(train: Samples, test: Samples, neighbours: int, power: float) -> Tensor:
     """Scores (n, n) by likeness to training pairs, of which each sample keeps its nearest (2210.01738).
 
     Args:
@@ -47,7 +47,8 @@ def asif(train: Pairs, test: Pairs, neighbours: int, power: float) -> Tensor:
         power: Of the likenesses.
     """
     relative = []
-    for anchors, z in ((train.a, test.a), (train.b, test.b)):
+    for side in ("a", "b"):
+        anchors, z = train.sides[side], test.sides[side]
         values, places = similarities(z, anchors).clamp(min=0).topk(min(neighbours, len(anchors)))
         relative.append(z.new_zeros(len(z), len(anchors)).scatter(1, places, values**power))
     return similarities(*relative)
@@ -65,7 +66,7 @@ def mean_recall(figures: Mapping[str, float]) -> float:
     return sum(figures[f"R@{k}"] for k in (1, 5, 10)) / 3
 
 
-def choose(name: str, train: Pairs, val: Pairs) -> dict[str, float]:
+def choose(name: str, train: Samples, val: Samples) -> dict[str, float]:
     """The settings of a baseline that are best on the validation split."""
     function, grid = BASELINES[name]
     choices = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import io
-import json
-import shutil
-import textwrap
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fourm import checkpoint, runtime
-from fourm.checkpoint import read_json
-from fourm.data.rewrite import write_durably
+from fourm import runtime
 from fourm.evaluation.retrieval import KS, BothWays, both_ways, paired_bootstrap
 from fourm.model.connectors import Connector, ConnectorConfig
 from fourm.stitching.baselines import BASELINES, LARGEST, choose, mean_recall
-from fourm.stitching.fusemix import Augmentation, Contrastive, Selection, evaluate
-from fourm.stitching.pairs import PairLoader, Pairs
+from fourm.stitching.fusemix import Augmentation, Contrastive, evaluate, watch
+from fourm.stitching.pairs import Samples, fingerprint
+from fourm.stitching.report import drawing
+from fourm.stitching.runs import Run
 from fourm.stitching.space import SharedSpace
-from fourm.training.trainer import TrainConfig, Trainer
+from fourm.training.trainer import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +41,14 @@ class AdapterConfig:
     hidden: int = 0
     dropout: float = 0.3
 
-    def build(self, pairs: Pairs) -> SharedSpace:
+    def build(self, pairs: Samples) -> SharedSpace:
         """The untrained space of two sides."""
         shape: dict[str, Any] = dataclasses.asdict(self)
         dim = shape.pop("dim")
-        widths = {"a": pairs.a.shape[1], "b": pairs.b.shape[1]}
         return SharedSpace(
             {
-                side: Connector(ConnectorConfig(input_dim=width, output_dim=dim, **shape))
-                for side, width in widths.items()
+                side: Connector(ConnectorConfig(input_dim=z.shape[1], output_dim=dim, **shape))
+                for side, z in pairs.sides.items()
             }
         )
 
@@ -94,14 +86,8 @@ class CurveConfig:
             raise ValueError(f"against is {self.against!r}, allowed are the arms {', '.join(self.arms)}")
 
 
-def train_one(
-    adapter: AdapterConfig,
-    augmentation: Augmentation,
-    pairs: Mapping[str, Pairs],
-    train: TrainConfig,
-    folder: Path,
-    keep: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def train_one(adapter: AdapterConfig, augmentation: Augmentation, pairs: Mapping[str, Samples], train: TrainConfig,
+              folder: Path, keep: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
     """One run, with the trainer, selected on the validation split and ranked on the test split.
 
     A batch has `batch_size` pairs after mixing, or as many as there are (with partner `half` half of those), the same
@@ -118,55 +104,24 @@ def train_one(
     Returns:
         `ranks` of the test pairs in both directions, `score` on the validation split, `step`, `seconds`.
     """
-    training = pairs["train"]
-    joined = runtime.accelerator()
-    processes = joined.num_processes
+    training, processes = pairs["train"], runtime.accelerator().num_processes
     batch = min(train.batch_size, len(training) // augmentation.drawn) // processes * processes
     train = dataclasses.replace(train, batch_size=batch * augmentation.drawn)
-    data = hashlib.sha256(json.dumps([split.ids for split in pairs.values()]).encode())
-    for side in (side for split in pairs.values() for side in (split.a, split.b)):
-        data.update(side.numpy().data)
-    made = {"data": data.hexdigest()[:12], "adapter": repr(adapter), "augmentation": repr(augmentation)}
-    settings = {**made, "train": json.loads(json.dumps(dataclasses.asdict(train)))}
-    record, kept = folder / "result.json", folder / "space"
-    if record.is_file() and (keep is None or kept.exists()) and (found := read_json(record))["settings"] == settings:
+    data = fingerprint(pairs, [split.ids for split in pairs.values()])
+    made = {"data": data, "adapter": repr(adapter), "augmentation": repr(augmentation)}
+    run = Run(folder, train, made, "" if keep is None else "space")
+    if found := run.finished():
         return found
-    began = time.perf_counter()
     runtime.seed_everything(train.seed, "model")
     space = adapter.build(training)
     space.card = dict(keep or {})
-    task = Contrastive(space, augmentation, training)
-    loader = PairLoader(training, train.loader_batch(processes), train.seed, joined.process_index, processes)
-    if joined.is_main_process and checkpoint.latest(folder) is None:  # then what was best is of another run
-        shutil.rmtree(folder / "best", ignore_errors=True)
-    joined.wait_for_everyone()
-    selection = Selection(pairs["val"], folder / "best", joined.is_main_process)
-    trainer = Trainer(train, task, loader, {"val": selection}, folder, fingerprints=made)
-    with contextlib.redirect_stdout(io.StringIO()):  # a curve is a hundred of these
-        trainer.fit()
-    joined.wait_for_everyone()  # one process writes what all read
-    step = selection.restore(space)
+    best = run.fit(Contrastive(space, augmentation, training), training, lambda model: watch(model, pairs["val"]))
     ranks = {name: found.tolist() for name, found in evaluate(space.eval(), pairs["test"])._asdict().items()}
-    seconds = round(time.perf_counter() - began, 2)
-    result = {"ranks": ranks, "score": selection.score, "step": step, "seconds": seconds, "settings": settings}
-    joined.wait_for_everyone()
-    if joined.is_main_process:
-        if keep is not None:
-            space.save(kept)
-        write_durably(record, json.dumps(result))
-        for path in [folder / "best", *folder.glob("checkpoint-*")]:
-            shutil.rmtree(path)
-    return result
+    return run.finish({"ranks": ranks, "score": best.scores[""], "step": best.step}, space)
 
 
-def measure(
-    config: CurveConfig,
-    adapter: AdapterConfig,
-    pairs: Mapping[str, Pairs],
-    train: TrainConfig,
-    folder: Path,
-    card: Mapping[str, Any],
-) -> dict[str, Any]:
+def measure(config: CurveConfig, adapter: AdapterConfig, pairs: Mapping[str, Samples], train: TrainConfig,
+            folder: Path, card: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
     """All runs, and what they come to: figures by size and arm, and differences to one of them.
 
     The space of the most pairs, the first seed and the arm `against` is kept in `<folder>/space`, with `card`.
@@ -247,36 +202,27 @@ def difference(first: Sequence[BothWays], second: Sequence[BothWays]) -> dict[st
 
 def draw(found: Mapping[str, Any], against: str, path: Path, title: str) -> None:
     """The curve as a picture: mean recall by number of pairs, and what `against` gains over each other arm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5))
     sizes = [int(n) for n in found["curve"]]
-    for number, name in enumerate(next(iter(found["curve"].values()))):
-        rows = [each[name]["mean"] for each in found["curve"].values()]
-        means, stds = (100 * np.array([row[figure] for row in rows]) for figure in ("mean", "std"))
-        style = "--" if name in BASELINES else "-"
-        left.errorbar(sizes, means, stds, label=name, ls=style, marker="o", ms=3, capsize=2, color=f"C{number}")
-        if name != against:
-            gains = [each[name]["mean"] for each in found["differences"].values()]
-            middle = 100 * np.array([gain["difference"] for gain in gains])
-            low, high = 100 * np.array([gain["with_seeds"] for gain in gains]).T
-            place = np.array(sizes) * (1 + 0.02 * number)  # beside each other
-            errors = [middle - low, high - middle]
-            right.errorbar(place, middle, errors, label=name, ls=style, marker="o", ms=3, capsize=2, color=f"C{number}")
-    right.axhline(0, color="grey", lw=0.8)
-    for axes, label, bars in (
-        (left, "mean of R@1, R@5, R@10, %", "bars: deviation over seeds"),
-        (right, f"{against} less the others, points", "bars: 95 % over queries and seeds"),
-    ):
-        axes.set(xscale="log", xlabel="training pairs", ylabel=label)
-        axes.set_title(bars, fontsize=9)
-        axes.set_xticks(sizes, [f"{n:,}" for n in sizes], minor=False)
-        axes.minorticks_off()
-        axes.legend(fontsize=8)
-    figure.suptitle(textwrap.fill(title, 150), fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with drawing(path, 1, 2, (12, 4.5), title) as ((left, right),):
+        for number, name in enumerate(next(iter(found["curve"].values()))):
+            rows = [each[name]["mean"] for each in found["curve"].values()]
+            means, stds = (100 * np.array([row[figure] for row in rows]) for figure in ("mean", "std"))
+            line: dict[str, Any] = {"label": name, "ls": "--" if name in BASELINES else "-", "color": f"C{number}"}
+            line |= {"marker": "o", "ms": 3, "capsize": 2}
+            left.errorbar(sizes, means, stds, **line)
+            if name != against:
+                gains = [each[name]["mean"] for each in found["differences"].values()]
+                middle = 100 * np.array([gain["difference"] for gain in gains])
+                low, high = 100 * np.array([gain["with_seeds"] for gain in gains]).T
+                place = np.array(sizes) * (1 + 0.02 * number)  # beside each other
+                right.errorbar(place, middle, [middle - low, high - middle], **line)
+        right.axhline(0, color="grey", lw=0.8)
+        for axes, label, bars in (
+            (left, "mean of R@1, R@5, R@10, %", "bars: deviation over seeds"),
+            (right, f"{against} less the others, points", "bars: 95 % over queries and seeds"),
+        ):
+            axes.set(xscale="log", xlabel="training pairs", ylabel=label)
+            axes.set_title(bars, fontsize=9)
+            axes.set_xticks(sizes, [f"{n:,}" for n in sizes], minor=False)
+            axes.minorticks_off()
+            axes.legend(fontsize=8)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourm import checkpoint
 from fourm.evaluation.retrieval import BothWays, both_ways
 from fourm.stitching.baselines import mean_recall
-from fourm.stitching.pairs import Pairs
+from fourm.stitching.pairs import Samples
 from fourm.stitching.space import SharedSpace, info_nce
 
 
@@ -104,21 +102,22 @@ class Contrastive:
         pairs: The training pairs, of which the noise takes its scale.
     """
 
-    def __init__(self, model: SharedSpace, augmentation: Augmentation, pairs: Pairs):
+    def __init__(self, model: SharedSpace, augmentation: Augmentation, pairs: Samples):
         self.model: nn.Module = model
         self.augmentation = augmentation
-        self.spread = {"a": pairs.a.std(0), "b": pairs.b.std(0)}
+        self.spread = {side: z.std(0) for side, z in pairs.sides.items()}
 
     def counts(self, batch: Mapping[str, Any]) -> Tensor:
         """Pairs that are trained on, (1,)."""
-        return torch.tensor([len(batch["a"]) // self.augmentation.drawn], dtype=torch.float32, device=batch["a"].device)
+        a = batch["sides"]["a"]
+        return torch.tensor([len(a) // self.augmentation.drawn], dtype=torch.float32, device=a.device)
 
     def loss(self, batch: Mapping[str, Any], counts: Tensor) -> dict[str, Tensor]:
         """Symmetric InfoNCE in nats; the negatives of a pair are the others of this process's batch."""
         model: Any = self.model
         spread = {name: z.to(counts.device) for name, z in self.spread.items()}
-        inputs = augment({name: batch[name] for name in ("a", "b")}, self.augmentation, spread)
-        a, b = (model(name, z) for name, z in inputs.items())
+        inputs = augment(batch["sides"], self.augmentation, spread)
+        a, b = (model(side, inputs[side]) for side in ("a", "b"))
         losses = info_nce(a, b, model.clamp())
         if weight := self.augmentation.structure:
             losses = losses + weight * (structure_loss(inputs["a"], a) + structure_loss(inputs["b"], b))
@@ -126,42 +125,16 @@ class Contrastive:
 
 
 @torch.no_grad()
-def evaluate(space: SharedSpace, pairs: Pairs) -> BothWays:
+def evaluate(space: SharedSpace, pairs: Samples) -> BothWays:
     """Ranks of pairs in both directions."""
     device = space.temperature.device
-    a, b = space("a", pairs.a.to(device)), space("b", pairs.b.to(device))
+    a, b = (space(side, pairs.sides[side].to(device)) for side in ("a", "b"))
     with torch.autocast(device.type, enabled=False):
         return both_ways(a @ b.T)
 
 
-class Selection:
-    """Evaluator: figures of the validation split; keeps the weights they were best with.
-
-    Args:
-        pairs: The validation split.
-        folder: Where the best weights are kept.
-        writes: Whether this process is the one of several that writes.
-    """
-
-    def __init__(self, pairs: Pairs, folder: str | Path, writes: bool = True):
-        self.pairs, self.folder, self.writes = pairs, Path(folder), writes
-        self.score = -1.0
-        if found := checkpoint.latest(self.folder):
-            self.score = checkpoint.load(found).state["score"]
-
-    def __call__(self, model: Any, step: int) -> dict[str, float]:
-        """Recall in both directions, the score that is selected by, and the temperature."""
-        found = evaluate(model, self.pairs).figures()
-        score = mean_recall(found)
-        if score > self.score:
-            self.score = score
-            if self.writes:
-                checkpoint.save(self.folder, step, {"model": model.state_dict()}, {"score": score}, keep=1)
-        return {"R@1": found["R@1"], "score": score, "temperature": model.temperature.item()}
-
-    def restore(self, model: nn.Module) -> int:
-        """Puts the best weights into a model; the step they are of."""
-        found = checkpoint.latest(self.folder)
-        assert found is not None
-        model.load_state_dict(checkpoint.load(found).tensors["model"])
-        return int(found.name.rpartition("-")[2])
+def watch(space: SharedSpace, pairs: Samples) -> tuple[dict[str, float], dict[str, float]]:
+    """For `Best`: recall of the validation pairs in both directions, the score, and the temperature."""
+    found = evaluate(space, pairs).figures()
+    score = mean_recall(found)
+    return {"R@1": found["R@1"], "score": score, "temperature": space.temperature.item()}, {"": score}

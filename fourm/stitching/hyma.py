@@ -9,28 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fourm import checkpoint, runtime
 from fourm.evaluation.retrieval import BothWays, both_ways
-from fourm.model.connectors import ACTIVATIONS, Connector, ConnectorConfig
+from fourm.model.connectors import ACTIVATIONS, Connector, ConnectorConfig, read_config, save_model, with_weights
+from fourm.runtime import generator
 from fourm.stitching.baselines import mean_recall
-from fourm.stitching.encoders import load
-from fourm.stitching.latents import Source, compute
-from fourm.stitching.pairs import SPLITS
+from fourm.stitching.latents import Source
+from fourm.stitching.pairs import Samples, load_samples
+from fourm.stitching.runs import Run
 from fourm.stitching.space import info_nce
-from fourm.training.trainer import TrainConfig, Trainer
+from fourm.training.trainer import TrainConfig
 
 Pair = tuple[str, str]  # names of an encoder of side a and one of side b
 
@@ -58,95 +55,37 @@ class ZooConfig:
 
 
 @dataclass(frozen=True)
-class Zoo:
-    """Unit vectors (n, D) of n samples by name of the encoder, the samples' names, and the encoders' mean latents.
+class Zoo(Samples):
+    """Samples whose sides are `(a, name)` and `(b, name)` of all encoders; their vectors have length 1.
 
     The means (D,), by side and name, are those of the raw training latents, made unit vectors.
     """
 
-    a: dict[str, Tensor]
-    b: dict[str, Tensor]
-    ids: list[str]
     means: dict[str, dict[str, Tensor]]
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """All pairs of an encoder of a and one of b."""
-        return list(itertools.product(self.a, self.b))
 
     @property
     def widths(self) -> dict[str, dict[str, int]]:
         """Numbers in a vector by side and name."""
-        return {side: {name: z.shape[1] for name, z in getattr(self, side).items()} for side in ("a", "b")}
+        return {side: {name: z.shape[1] for (of, name), z in self.sides.items() if of == side} for side in ("a", "b")}
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """All pairs of an encoder of a and one of b."""
+        return [(a, b) for a in self.widths["a"] for b in self.widths["b"]]
 
 
 def load_zoo(config: ZooConfig) -> dict[str, Zoo]:
-    """Latents of all encoders by split, made where they are not there.
-
-    Raises:
-        ValueError: The encoders have other samples, or give no vectors.
-    """
-    found: dict[str, Zoo] = {}
+    """Latents of all encoders by split, made where they are not there; see `load_samples`."""
+    sources = {(side, name): source for side in ("a", "b") for name, source in getattr(config, side).items()}
     means: dict[str, dict[str, Tensor]] = {"a": {}, "b": {}}
-    for side, sources in (("a", config.a), ("b", config.b)):
-        for name, source in sources.items():
-            encoder = load(source.encoder, runtime.accelerator().device, source.size)
-            for split in SPLITS:
-                stored = compute(source, config.data, split, config.latents, encoder)
-                zoo = found.setdefault(split, Zoo({}, {}, stored.ids, means))
-                if stored.ids != zoo.ids or stored.raw.ndim != 2 or stored.offsets:
-                    what = f"{side}.{name}, {split}: {len(stored.ids)} samples of {list(stored.raw.shape[1:])}"
-                    raise ValueError(f"{what}, expected one vector for each of the others' {len(zoo.ids)} samples")
-                z = stored.read()
-                if split == "train":
-                    mean = z.mean(0)
-                    means[side][name] = F.normalize(mean, dim=0)
-                getattr(zoo, side)[name] = F.normalize(z - mean if config.centre else z, dim=-1)
-    return found
-
-
-class ZooLoader:
-    """Batches for the trainer: samples drawn anew without replacement, and the pairs of encoders whose turn it is.
-
-    Every pair has its turn once before any has its second.
-
-    Args:
-        zoo: The training split.
-        pairs: Pairs of encoders.
-        turns: How many of them train in an update.
-        batch_size: Samples in a batch of this process.
-        seed: Decides the draws.
-        rank: Number of this process; processes draw other samples for the same pairs.
-        world_size: Processes that train together.
-
-    Raises:
-        ValueError: There are fewer samples than all processes draw, or fewer pairs than turns.
-    """
-
-    def __init__(self, zoo: Zoo, pairs: Sequence[Pair], turns: int, batch_size: int, seed: int, rank: int = 0,
-                 world_size: int = 1):  # fmt: skip
-        if batch_size * world_size > len(zoo.ids) or not 0 < turns <= len(pairs):
-            raise ValueError(f"batches have {batch_size * world_size} samples and {turns} pairs of encoders, but there "
-                             f"are {len(zoo.ids)} and {len(pairs)}")  # fmt: skip
-        self.zoo, self.pairs, self.turns, self.batch_size, self.seed = zoo, list(pairs), turns, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-
-    def batches(self, start_step: int = 0) -> Iterator[dict[str, Any]]:
-        """Dicts of `pairs`, their latents `a` and `b` (B, D) by the encoders' names, and `keys`."""
-        for step in itertools.count(start_step):
-            order = torch.randperm(len(self.zoo.ids), generator=runtime.generator(self.seed, "batch", step))
-            rows = order[self.rank * self.batch_size :][: self.batch_size]
-            pairs = [self._turn(*divmod(step * self.turns + i, len(self.pairs))) for i in range(self.turns)]
-            yield {
-                "pairs": pairs,
-                "a": {a: self.zoo.a[a][rows] for a, _ in pairs},
-                "b": {b: self.zoo.b[b][rows] for _, b in pairs},
-                "keys": tuple(self.zoo.ids[row] for row in rows.tolist()),
-            }
-
-    def _turn(self, round_: int, place: int) -> Pair:
-        order = torch.randperm(len(self.pairs), generator=runtime.generator(self.seed, "turns", round_))
-        return self.pairs[int(order[place])]
+    found = load_samples(config.data, config.latents, sources)
+    for side, name in sources:
+        mean = found["train"].sides[side, name].mean(0)
+        means[side][name] = F.normalize(mean, dim=0)
+        for split in found.values():
+            z = split.sides[side, name]
+            split.sides[side, name] = F.normalize(z - mean if config.centre else z, dim=-1)
+    return {name: Zoo(split.sides, split.ids, means) for name, split in found.items()}
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -209,9 +148,9 @@ class Grid(nn.Module):
         """The connector of a pair."""
         return self.connectors[self.pairs.index(pair)]  # type: ignore[return-value]
 
-    def parts(self) -> list[tuple[list[Pair], str]]:
-        """What can be stopped on its own: pairs, and how the names of their weights begin."""
-        return [([pair], f"connectors.{i}.") for i, pair in enumerate(self.pairs)]
+    def parts(self, pairs: Sequence[Pair]) -> dict[str, Sequence[Pair]]:
+        """What can be stopped on its own: each of some pairs, by how the names of its weights begin."""
+        return {f"connectors.{self.pairs.index(pair)}.": [pair] for pair in pairs}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,9 +273,9 @@ class Hyma(nn.Module):
             parameter.copy_(tensor)
         return connector.eval()
 
-    def parts(self) -> list[tuple[list[Pair], str]]:
+    def parts(self, pairs: Sequence[Pair]) -> dict[str, Sequence[Pair]]:
         """What can be stopped on its own: all pairs at once."""
-        return [(list(itertools.product(self.widths["a"], self.widths["b"])), "")]
+        return {"": pairs}
 
     def flops(self) -> int:
         """Of products in making one connector and passing its gradient on: 6 for every weight and layer."""
@@ -346,54 +285,60 @@ class Hyma(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        card: dict[str, Any] = {"hyma": dataclasses.asdict(self.config), "shape": dataclasses.asdict(self.shape)}
-        card |= {"widths": self.widths, "card": self.card}
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(card, indent=2) + "\n")
+        card = {"hyma": dataclasses.asdict(self.config), "shape": dataclasses.asdict(self.shape)}
+        save_model(self, card | {"widths": self.widths, "card": self.card}, folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Hyma:
         """Inverse of `save`; ValueError where the folder holds none."""
-        folder = Path(folder)
-        found = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-        if "hyma" not in found:
-            raise ValueError(f"{folder} holds no hypernetwork")
+        found = read_config(folder, "hyma", "hypernetwork")
         each = found["widths"].items()
         means = {side: {name: torch.zeros(width) for name, width in widths.items()} for side, widths in each}
-        model = cls(HymaConfig(**found["hyma"]), Shape(**found["shape"]), means, found["card"])
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        return model.eval()
+        return with_weights(cls(HymaConfig(**found["hyma"]), Shape(**found["shape"]), means, found["card"]), folder)
 
 
 # Training ------------------------------------------------------------------------------------------------------------
 
 
 class Aligning:
-    """Task: the latents of a pair of encoders meet in the space of its b.
+    """Task: the latents of pairs of encoders meet in the space of their b, some pairs in each update.
+
+    Every pair has its turn once before any has its second.
 
     Args:
         model: `Hyma` or `Grid`.
         temperature: Divides the cosines.
+        pairs: The pairs that are trained.
+        turns: How many of them in an update.
+        seed: Decides whose turn it is.
+
+    Raises:
+        ValueError: There are fewer pairs than turns.
     """
 
-    def __init__(self, model: nn.Module, temperature: float):
-        self.model, self.temperature = model, temperature
+    def __init__(self, model: nn.Module, temperature: float, pairs: Sequence[Pair], turns: int, seed: int):
+        if not 0 < turns <= len(pairs):
+            raise ValueError(f"turns is {turns}, allowed are 1 to {len(pairs)}, the number of pairs of encoders")
+        self.model, self.temperature, self.pairs, self.turns, self.seed = model, temperature, pairs, turns, seed
 
     def counts(self, batch: Mapping[str, Any]) -> Tensor:
         """Samples, (1,)."""
-        device = next(iter(batch["a"].values())).device
+        device = next(iter(batch["sides"].values())).device
         return torch.tensor([len(batch["keys"])], dtype=torch.float32, device=device)
+
+    def turn(self, number: int) -> Pair:
+        """The pair that is trained after so many others."""
+        round_, place = divmod(number, len(self.pairs))
+        order = torch.randperm(len(self.pairs), generator=generator(self.seed, "turns", round_))
+        return self.pairs[int(order[place])]
 
     def loss(self, batch: Mapping[str, Any], counts: Tensor) -> dict[str, Tensor]:
         """Symmetric InfoNCE in nats, the mean over the pairs whose turn it is."""
-        pairs = batch["pairs"]
-        moved = self.model(pairs, [batch["a"][a] for a, _ in pairs])
+        z, pairs = batch["sides"], [self.turn(batch["step"] * self.turns + i) for i in range(self.turns)]
+        moved = self.model(pairs, [z["a", a] for a, _ in pairs])
         losses = [
-            info_nce(F.normalize(z.float(), dim=-1), batch["b"][b], self.temperature).sum()
-            for z, (_, b) in zip(moved, pairs, strict=True)
+            info_nce(F.normalize(each.float(), dim=-1), z["b", b], self.temperature).sum()
+            for each, (_, b) in zip(moved, pairs, strict=True)
         ]
         return {"loss": torch.stack(losses).mean() / counts[0]}
 
@@ -403,41 +348,17 @@ def evaluate(model: Any, zoo: Zoo, pairs: Sequence[Pair]) -> list[BothWays]:
     """Ranks in both directions of the samples of a split, for each of some pairs of encoders."""
     found = []
     for a, b in pairs:
-        x, y = (z.to(next(model.parameters()).device) for z in (zoo.a[a], zoo.b[b]))
+        x, y = (z.to(next(model.parameters()).device) for z in (zoo.sides["a", a], zoo.sides["b", b]))
         found.append(both_ways(F.normalize(model([(a, b)], [x])[0].float(), dim=-1) @ y.T))
     return found
 
 
-class Stop:
-    """Evaluator: recall on the validation split; keeps the weights each part of the model was best with.
-
-    Args:
-        zoo: The validation split.
-        parts: Pairs of encoders, and how the names of their weights begin.
-        folder: Where the best weights are kept.
-        writes: Whether this process is the one of several that writes.
-    """
-
-    def __init__(self, zoo: Zoo, parts: Sequence[tuple[Sequence[Pair], str]], folder: Path, writes: bool = True):
-        self.zoo, self.parts, self.folder, self.writes = zoo, parts, folder, writes
-        self.scores, self.best = [-1.0] * len(parts), dict[str, Tensor]()
-        if found := checkpoint.latest(self.folder):
-            opened = checkpoint.load(found)
-            self.scores, self.best = opened.state["scores"], opened.tensors["model"]
-
-    def __call__(self, model: Any, step: int) -> dict[str, float]:
-        """The mean over pairs of the score that is selected by."""
-        before, total = list(self.scores), 0.0
-        for i, (part, prefix) in enumerate(self.parts):
-            scores = [mean_recall(ranks.figures()) for ranks in evaluate(model, self.zoo, part)]
-            score, total = sum(scores) / len(part), total + sum(scores)
-            if score > self.scores[i]:
-                self.scores[i] = score
-                state = model.state_dict().items()
-                self.best |= {name: tensor.cpu().clone() for name, tensor in state if name.startswith(prefix)}
-        if self.writes and self.scores != before:
-            checkpoint.save(self.folder, step, {"model": self.best}, {"scores": self.scores}, keep=1)
-        return {"score": total / sum(len(part) for part, _ in self.parts)}
+def watch(model: Any, zoo: Zoo, pairs: Sequence[Pair]) -> tuple[dict[str, float], dict[str, float]]:
+    """For `Best`: the score that is selected by, of each part of a model and as the mean over some pairs."""
+    found = [mean_recall(ranks.figures()) for ranks in evaluate(model, zoo, pairs)]
+    scores = dict(zip(pairs, found, strict=True))
+    parts = {part: sum(scores[pair] for pair in own) / len(own) for part, own in model.parts(pairs).items()}
+    return {"score": sum(found) / len(found)}, parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,9 +378,8 @@ class AlignConfig:
     temperature: float = 0.07
 
 
-def fit(model: Any, zoo: Mapping[str, Zoo], pairs: Sequence[Pair], turns: int, temperature: float, train: TrainConfig,
-        folder: Path, made: Mapping[str, str] | None = None) -> None:  # fmt: skip
-    """Trains on a zoo with the trainer, and leaves the model with the weights that were best on the validation split.
+def fit(model: Any, zoo: Mapping[str, Zoo], pairs: Sequence[Pair], turns: int, temperature: float, run: Run) -> None:
+    """Trains on a zoo, and leaves the model with the weights that were best on the validation split.
 
     Args:
         model: `Hyma` or `Grid`.
@@ -467,21 +387,10 @@ def fit(model: Any, zoo: Mapping[str, Zoo], pairs: Sequence[Pair], turns: int, t
         pairs: The pairs of encoders that are trained.
         turns: How many of them in an update.
         temperature: Divides the cosines.
-        train: How long and how.
-        folder: The run's folder.
-        made: Fingerprints of what the run is made with.
+        run: How long and how, and where.
     """
-    joined = runtime.accelerator()
-    share, rank = train.loader_batch(joined.num_processes), joined.process_index
-    loader = ZooLoader(zoo["train"], pairs, turns, share, train.seed, rank, joined.num_processes)
-    parts = [([pair for pair in part if pair in pairs], prefix) for part, prefix in model.parts()]
-    parts = [(part, prefix) for part, prefix in parts if part]
-    if joined.is_main_process and checkpoint.latest(folder) is None:  # then what was best is of another run
-        shutil.rmtree(folder / "best", ignore_errors=True)
-    joined.wait_for_everyone()
-    stop = Stop(zoo["val"], parts, folder / "best", joined.is_main_process)
-    Trainer(train, Aligning(model, temperature), loader, {"val": stop}, folder, fingerprints=made).fit()
-    model.load_state_dict(stop.best, strict=False)  # pairs that did not train
+    task = Aligning(model, temperature, pairs, turns, run.train.seed)
+    run.fit(task, zoo["train"], lambda model: watch(model, zoo["val"], pairs))
 
 
 def adapt(
@@ -509,6 +418,6 @@ def adapt(
     model.requires_grad_(False)
     for code in new:
         code.copy_(torch.stack(like).mean(0)).requires_grad_(True)
-    fit(model, zoo, others, min(len(others), 4), temperature, train, folder)
+    fit(model, zoo, others, min(len(others), 4), temperature, Run(folder, train, {}))
     for parameter in resting:
         parameter.requires_grad_(True)

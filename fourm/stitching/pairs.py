@@ -1,9 +1,12 @@
-"""Pairs of latents: two sides of the same samples, in splits, and batches of them."""
+"""Sides of the same samples, of which two make pairs: their latents by split, and batches of them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import Tensor
 from fourm.evaluation.retrieval import mutual_knn
 from fourm.runtime import accelerator, generator
 from fourm.stitching.encoders import load
-from fourm.stitching.latents import Latents, Source, compute
+from fourm.stitching.latents import Source, compute
 
 SPLITS = ("train", "val", "test")
 
@@ -44,54 +47,65 @@ class PairsConfig:
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Vectors of n samples on two sides, (n, Da) and (n, Db), and the samples' names."""
+class Samples:
+    """Vectors (n, D) of n samples on each side, and the samples' names; pairs have the sides `a` and `b`."""
 
-    a: Tensor
-    b: Tensor
+    sides: dict[Any, Tensor]
     ids: list[str]
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, rows: Sequence[int]) -> Pairs:
+    def take(self, rows: Sequence[int]) -> Samples:
         """Some of them."""
-        return Pairs(self.a[rows], self.b[rows], [self.ids[row] for row in rows])
+        places = torch.tensor(rows, dtype=torch.long)
+        return Samples({side: z[places] for side, z in self.sides.items()}, [self.ids[row] for row in rows])
 
-    def subset(self, n: int, seed: int) -> Pairs:
+    def subset(self, n: int, seed: int) -> Samples:
         """n of them, drawn; those of a smaller n are among those of a larger one. 0 takes all."""
         order = torch.randperm(len(self), generator=generator(seed, "subset")).tolist()
         if n > len(self):
-            raise ValueError(f"{n} pairs are asked for, there are {len(self)}")
+            raise ValueError(f"{n} samples are asked for, there are {len(self)}")
         return self.take(order[: n or None])
 
 
-def open_sides(config: PairsConfig) -> dict[str, tuple[Latents, Latents]]:
-    """The stored latents of both sides by split, made where they are not there."""
-    found: dict[str, list[Latents]] = {split: [] for split in SPLITS}
-    for side in (config.a, config.b):
-        encoder = load(side.encoder, accelerator().device, side.size)
-        for split in SPLITS:
-            limit = config.limit if split == "train" else 0
-            stored = compute(side, config.data, split, config.latents, encoder, config.batch_size, limit=limit)
-            found[split].append(stored)
-    return {split: (a, b) for split, (a, b) in found.items()}
+def load_samples(
+    data: str, latents: str, sources: Mapping[Any, Source], batch_size: int = 64, limit: int = 0
+) -> dict[str, Samples]:
+    """Samples by split, with their latents made where they are not there, by one of several processes.
 
-
-def load_pairs(config: PairsConfig) -> dict[str, Pairs]:
-    """Pairs of vectors by split.
+    Args:
+        data: Root of the raw data, with the splits train, val and test.
+        latents: Folder of the stored latents.
+        sources: What each side is.
+        batch_size: Samples an encoder takes at once.
+        limit: Training samples at most; 0 for all.
 
     Raises:
         ValueError: The sides have other samples, or are not vectors.
     """
-    pairs = {}
-    for split, (a, b) in open_sides(config).items():
-        if a.ids != b.ids:
-            raise ValueError(f"{split}: {config.a.modality} and {config.b.modality} have not the same samples")
-        if a.raw.ndim != 2 or b.raw.ndim != 2 or a.offsets or b.offsets:
-            raise ValueError(f"pairs are of vectors, but pooling is {config.a.pooling!r} and {config.b.pooling!r}")
-        pairs[split] = Pairs(a.read(), b.read(), a.ids)
-    return pairs
+    found: dict[str, Samples] = {}
+    joined = accelerator()
+    with joined.main_process_first():
+        for side, source in sources.items():
+            encoder = load(source.encoder, joined.device, source.size)
+            for split in SPLITS:
+                most = limit if split == "train" else 0
+                stored = compute(source, data, split, latents, encoder, batch_size, limit=most)
+                samples = found.setdefault(split, Samples({}, stored.ids))
+                if stored.ids != samples.ids or stored.raw.ndim != 2 or stored.offsets:
+                    what = f"{stored.folder} has {list(stored.raw.shape)} numbers of {len(stored)} samples"
+                    raise ValueError(f"{what}, expected a vector of each of the {len(samples)} that the first side has")
+                samples.sides[side] = stored.read()
+    return found
+
+
+def fingerprint(splits: Mapping[str, Samples], beside: Any) -> str:
+    """A short hash of all vectors, and of what JSON can hold beside them."""
+    found = hashlib.sha256(json.dumps(beside).encode())
+    for z in (z for split in splits.values() for z in split.sides.values()):
+        found.update(z.numpy().data)
+    return found.hexdigest()[:12]
 
 
 def choose_layers(config: PairsConfig, k: int = 10) -> tuple[PairsConfig, dict[str, float]]:
@@ -109,17 +123,20 @@ def choose_layers(config: PairsConfig, k: int = 10) -> tuple[PairsConfig, dict[s
     """
     if not config.a_layers and not config.b_layers:
         return config, {}
-    latents, sides = {}, {}
-    for side, layers in (("a", config.a_layers), ("b", config.b_layers)):
-        source: Source = getattr(config, side)
-        name = source.encoder.partition("@")[0]
-        if layers and name.startswith("fourm:"):
-            raise ValueError(f"{side}_layers is {list(layers)}, but {source.encoder} has none to choose; leave it out")
-        sides[side] = [dataclasses.replace(source, encoder=f"{name}@{layer}") for layer in layers] or [source]
-        for each in sides[side]:
-            stored = compute(each, config.data, "train", config.latents, None, config.batch_size,
-                             device=accelerator().device, limit=config.limit)  # fmt: skip
-            latents[each] = stored.read()
+    latents, sides, joined = {}, {}, accelerator()
+    with joined.main_process_first():
+        for side, layers in (("a", config.a_layers), ("b", config.b_layers)):
+            source: Source = getattr(config, side)
+            name = source.encoder.partition("@")[0]
+            if layers and name.startswith("fourm:"):
+                raise ValueError(
+                    f"{side}_layers is {list(layers)}, but {source.encoder} has none to choose; leave it out"
+                )
+            sides[side] = [dataclasses.replace(source, encoder=f"{name}@{layer}") for layer in layers] or [source]
+            for each in sides[side]:
+                stored = compute(each, config.data, "train", config.latents, None, config.batch_size,
+                                 device=joined.device, limit=config.limit)  # fmt: skip
+                latents[each] = stored.read()
     pairs = [(a, b) for a in sides["a"] for b in sides["b"]]
     found = {(a, b): mutual_knn(latents[a], latents[b], k) for a, b in pairs}
     a, b = max(pairs, key=lambda pair: found[pair])
@@ -127,31 +144,30 @@ def choose_layers(config: PairsConfig, k: int = 10) -> tuple[PairsConfig, dict[s
     return dataclasses.replace(config, a=a, b=b, a_layers=[], b_layers=[]), said
 
 
-class PairLoader:
-    """Batches for the trainer: every one is drawn anew, without replacement, so that no pair is its own negative.
+class SampleLoader:
+    """Batches for the trainer: each is drawn anew, without replacement, so that no sample is its own negative.
 
     Args:
-        pairs: The training pairs.
-        batch_size: Pairs in a batch of this process.
+        samples: The training samples.
+        batch_size: Samples in a batch of this process.
         seed: Decides the draws.
         rank: Number of this process.
-        world_size: Processes that train together; they draw different pairs.
+        world_size: Processes that train together; they draw different samples.
 
     Raises:
-        ValueError: There are fewer pairs than all processes draw.
+        ValueError: There are fewer samples than all processes draw.
     """
 
-    def __init__(self, pairs: Pairs, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
-        if batch_size * world_size > len(pairs):
-            raise ValueError(f"batches have {batch_size * world_size} pairs, but there are {len(pairs)}")
-        self.pairs, self.batch_size, self.seed, self.rank, self.world_size = pairs, batch_size, seed, rank, world_size
+    def __init__(self, samples: Samples, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        if batch_size * world_size > len(samples):
+            raise ValueError(f"batches have {batch_size * world_size} samples, but there are {len(samples)}")
+        self.samples, self.batch_size, self.seed, self.rank = samples, batch_size, seed, rank
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, Any]]:
-        """Dicts of `a` (B, Da), `b` (B, Db) and `keys`."""
-        step = start_step
-        while True:
-            order = torch.randperm(len(self.pairs), generator=generator(self.seed, "batch", step))
-            taken = self.pairs.take(order[self.rank * self.batch_size :][: self.batch_size].tolist())
-
-            yield {"a": taken.a, "b": taken.b, "keys": tuple(taken.ids)}
-            step += 1
+        """`sides` (B, D) by name, `keys`, `step`: the batch's number, and `draw`: a number in [0, 1) of its own."""
+        for step in itertools.count(start_step):
+            rng = generator(self.seed, "batch", step)
+            order = torch.randperm(len(self.samples), generator=rng)
+            taken = self.samples.take(order[self.rank * self.batch_size :][: self.batch_size].tolist())
+            draw = float(torch.rand((), generator=rng))
+            yield {"sides": taken.sides, "keys": tuple(taken.ids), "step": step, "draw": draw}

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import io
 import itertools
-import json
-import shutil
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import ndcg_score
 
 from fourm import runtime
-from fourm.checkpoint import read_json
-from fourm.data.rewrite import write_durably
 from fourm.evaluation.retrieval import KS, both_ways, cka, mutual_knn, paired_bootstrap
 from fourm.stitching.baselines import choose, mean_recall, ridge
 from fourm.stitching.hyma import AlignConfig, Grid, Hyma, Zoo, evaluate, fit
-from fourm.stitching.pairs import SPLITS, Pairs
+from fourm.stitching.pairs import SPLITS, Samples, fingerprint
+from fourm.stitching.report import drawing
+from fourm.stitching.runs import Run
 from fourm.training.trainer import TrainConfig
 
 TUNING = 10_000  # the seed that learning rates and batches are tuned with
@@ -74,39 +67,23 @@ def train_arm(arm: str, align: AlignConfig, zoo: Mapping[str, Zoo], train: Train
         directions for each test sample, `hits` (pairs, n), those at 1, and `val`, its score on the validation split.
         `seconds` it took.
     """
-    digest = hashlib.sha256(json.dumps([[split.ids, split.widths] for split in zoo.values()]).encode())
-    for z in (z for split in zoo.values() for side in (split.a, split.b) for z in side.values()):
-        digest.update(z.numpy().data)
-    made = {"data": digest.hexdigest()[:12], "arm": arm, "align": repr(align)}
-    settings = {**made, "train": json.loads(json.dumps(dataclasses.asdict(train)))}
-    record = folder / "result.json"
-    whole = record.is_file() and (not card or (folder / "hyma").exists())
-    if whole and (found := read_json(record))["settings"] == settings:
+    data = fingerprint(zoo, [[split.ids, split.widths] for split in zoo.values()])
+    run = Run(folder, train, {"data": data, "arm": arm, "align": repr(align)}, "hyma" if card else "")
+    if found := run.finished():
         return found
-    began, joined = time.perf_counter(), runtime.accelerator()
     runtime.seed_everything(train.seed, "model")
     model, pairs = build(arm, align, zoo["train"]), zoo["train"].pairs
     if arm == "grid":  # a common norm of the gradients would tie them together
-        train = dataclasses.replace(train, optim=dataclasses.replace(train.optim, clip=0.0))
-    turns = align.turns if arm == "hyma" else len(pairs)
-    with contextlib.redirect_stdout(io.StringIO()):
-        fit(model, zoo, pairs, turns, align.temperature, train, folder, made)
-    seconds = round(time.perf_counter() - began, 2)
+        run.train = dataclasses.replace(train, optim=dataclasses.replace(train.optim, clip=0.0))
+    fit(model, zoo, pairs, align.turns if arm == "hyma" else len(pairs), align.temperature, run)
     model.eval()
     test = evaluate(model, zoo["test"], pairs)
     hits = {k: np.stack([ranks.hits(k) for ranks in test]) for k in KS}
     val = [mean_recall(found.figures()) for found in evaluate(model, zoo["val"], pairs)]
-    result = {"quality": np.mean(list(hits.values()), 0).round(6).tolist(), "hits": hits[1].tolist(), "val": val,
-              "seconds": seconds, "settings": settings}  # fmt: skip
-    joined.wait_for_everyone()
-    if joined.is_main_process:
-        if card and isinstance(model, Hyma):
-            model.card = dict(card)
-            model.save(folder / "hyma")
-        write_durably(record, json.dumps(result))
-        for path in [folder / "best", *folder.glob("checkpoint-*")]:
-            shutil.rmtree(path)
-    return result
+    if isinstance(model, Hyma):
+        model.card = dict(card or {})
+    quality = np.mean(list(hits.values()), 0).round(6)
+    return run.finish({"quality": quality.tolist(), "hits": hits[1].tolist(), "val": val}, model)
 
 
 # Cost ----------------------------------------------------------------------------------------------------------------
@@ -129,20 +106,22 @@ def training_free(zoo: Mapping[str, Zoo]) -> dict[str, dict[str, Any]]:
     told by its neighbours: the share of each sample's ten that it has in common with the other encoders of its own
     side, on average.
     """
-    seen = zoo["train"]
+    seen, z = zoo["train"], zoo["train"].sides
 
     def linear(a: str, b: str) -> float:
-        train, val, test = (Pairs(zoo[split].a[a], zoo[split].b[b], zoo[split].ids) for split in SPLITS)
+        train, val, test = (Samples({"a": z["a", a], "b": z["b", b]}, zoo[split].ids)
+                            for split in SPLITS for z in [zoo[split].sides])  # fmt: skip
         return mean_recall(both_ways(ridge(train, test, **choose("ridge", train, val))).figures())
 
-    def alone(side: Mapping[str, torch.Tensor], name: str) -> float:
-        return float(np.mean([mutual_knn(side[name], z) for other, z in side.items() if other != name]))
+    def alone(side: str, name: str) -> float:
+        others = [other for other in seen.widths[side] if other != name]
+        return float(np.mean([mutual_knn(z[side, name], z[side, other]) for other in others]))
 
     scores: dict[str, Callable[[str, str], float]] = {
         "ridge map": linear,
-        "CKA": lambda a, b: cka(seen.a[a], seen.b[b]),
-        "mutual k-NN": lambda a, b: mutual_knn(seen.a[a], seen.b[b]),
-        "best unimodal": lambda a, b: alone(seen.a, a) + alone(seen.b, b),
+        "CKA": lambda a, b: cka(z["a", a], z["b", b]),
+        "mutual k-NN": lambda a, b: mutual_knn(z["a", a], z["b", b]),
+        "best unimodal": lambda a, b: alone("a", a) + alone("b", b),
     }
     found: dict[str, dict[str, Any]] = {}
     for name, score in scores.items():
@@ -302,30 +281,21 @@ def gain(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> di
 
 def draw(found: Mapping[str, Any], path: Path, title: str) -> None:
     """The comparison as a picture: qualities by grid search and by Hyma, and the mean quality by updates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(17, 5))
     names = [list(dict.fromkeys(pair.split(" x ")[side] for pair in found["quality"]["Hyma"])) for side in (0, 1)]
-    for place, arm in zip(axes, ("grid search", "Hyma"), strict=False):
-        table = 100 * np.array(list(found["quality"][arm].values())).reshape(*map(len, names)).T
-        place.imshow(table, cmap="Blues", alpha=0.6)
-        for (row, column), value in np.ndenumerate(table):
-            place.text(column, row, f"{value:.1f}", ha="center", va="center")
-        place.set_xticks(range(len(names[0])), names[0])
-        place.set_yticks(range(len(names[1])), names[1])
-        place.set_title(f"quality by {arm}, points")
-    for number, arm in enumerate(("Hyma", "connectors of their own")):
-        values = [100 * each["mean"]["arms"][number] for each in found["curve"].values()]
-        axes[2].semilogx(list(map(int, found["curve"])), values, "o-", label=arm)
-    axes[2].set_xticks([int(n) for n in found["curve"]], found["curve"])
-    axes[2].minorticks_off()
-    axes[2].axhline(100 * found["ranked"]["grid search"]["mean"], color="grey", ls=":", label="grid search to its end")
-    axes[2].set(xlabel="updates of each pair", title="mean quality over pairs, points")
-    axes[2].legend()
-    figure.suptitle(textwrap.fill(title, 190), fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    with drawing(path, 1, 3, (17, 5), title) as ((*tables, plot),):
+        for axes, arm in zip(tables, ("grid search", "Hyma"), strict=True):
+            table = 100 * np.array(list(found["quality"][arm].values())).reshape(*map(len, names)).T
+            axes.imshow(table, cmap="Blues", alpha=0.6)
+            for (row, column), value in np.ndenumerate(table):
+                axes.text(column, row, f"{value:.1f}", ha="center", va="center")
+            axes.set_xticks(range(len(names[0])), names[0])
+            axes.set_yticks(range(len(names[1])), names[1])
+            axes.set_title(f"quality by {arm}, points")
+        for number, arm in enumerate(("Hyma", "connectors of their own")):
+            values = [100 * each["mean"]["arms"][number] for each in found["curve"].values()]
+            plot.semilogx(list(map(int, found["curve"])), values, "o-", label=arm)
+        plot.set_xticks([int(n) for n in found["curve"]], found["curve"])
+        plot.minorticks_off()
+        plot.axhline(100 * found["ranked"]["grid search"]["mean"], color="grey", ls=":", label="grid search to its end")
+        plot.set(xlabel="updates of each pair", title="mean quality over pairs, points")
+        plot.legend()

@@ -1,14 +1,19 @@
-"""Tables of figures, and the page that shows what stitching came to."""
+"""Figures as `metrics.json`, tables and pictures, and the page that shows what stitching came to."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import contextlib
+import json
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fourm.checkpoint import read_json
+from fourm.data.rewrite import write_durably
 from fourm.evaluation.report import write_page
+from fourm.runtime import environment
 
 
 class Table(NamedTuple):
@@ -33,6 +38,39 @@ class Table(NamedTuple):
                 *("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines),
             ]
         )
+
+
+def write_metrics(folder: Path, metrics: Mapping[str, Any], tables: Sequence[Table]) -> None:
+    """Writes `metrics.json` with tables and environment, and prints the tables."""
+    found = {**metrics, "tables": tables, "environment": environment()}
+    write_durably(folder / "metrics.json", json.dumps(found, indent=1))
+    print(*tables, sep="\n\n")
+
+
+@contextlib.contextmanager
+def drawing(path: Path, rows: int, columns: int, size: tuple[float, float], title: str = "") -> Iterator[Any]:
+    """Axes (rows, columns) to draw on; what is drawn is then written.
+
+    Args:
+        path: Where.
+        rows: Of axes.
+        columns: Of axes.
+        size: Width and height in inches.
+        title: Stands above it, in as many lines as it needs.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
+    yield axes
+    if title:
+        figure.suptitle(textwrap.fill(title, round(12.5 * size[0])), fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def write_stitching_report(folder: str | Path, output: str | Path) -> Path:

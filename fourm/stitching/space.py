@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fourm.checkpoint import read_json
-from fourm.model.connectors import Connector, ConnectorConfig
+from fourm.model.connectors import Connector, ConnectorConfig, read_config, save_model, with_weights
 
 LIMITS = (0.001, 0.5)  # of the temperature
 
@@ -61,24 +58,15 @@ class SharedSpace(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        card = {"connectors": self.configs, "learn_temperature": self.temperature.requires_grad, "card": self.card}
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(card, indent=2) + "\n")
+        learns = self.temperature.requires_grad
+        save_model(self, {"connectors": self.configs, "learn_temperature": learns, "card": self.card}, folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> SharedSpace:
         """Inverse of `save`; ValueError where the folder holds none."""
-        folder = Path(folder)
-        found = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-        if "connectors" not in found:
-            raise ValueError(f"{folder} holds no shared space")
+        found = read_config(folder, "connectors", "shared space")
         connectors = {name: Connector(ConnectorConfig(**config)) for name, config in found["connectors"].items()}
-        space = cls(connectors, learn_temperature=found["learn_temperature"], card=found["card"])
-        space.load_state_dict(load_file(folder / "model.safetensors"))
-        return space.eval()
+        return with_weights(cls(connectors, learn_temperature=found["learn_temperature"], card=found["card"]), folder)
 
 
 def info_nce(a: Tensor, b: Tensor, temperature: Tensor | float) -> Tensor:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import shutil
 import tempfile
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +15,13 @@ import numpy as np
 import torch
 
 from fourm import runtime
-from fourm.data.rewrite import write_durably
 from fourm.evaluation.retrieval import BothWays
 from fourm.stitching import altmoe
 from fourm.stitching.ahead import Store, latency
 from fourm.stitching.curve import difference, summary
 from fourm.stitching.latents import Source
-from fourm.stitching.report import Table
+from fourm.stitching.pairs import SampleLoader, Samples, load_samples
+from fourm.stitching.report import Table, drawing, write_metrics
 from fourm.training.trainer import TrainConfig
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -70,8 +68,10 @@ def run(config: Config) -> None:
     if (processes := runtime.accelerator().num_processes) > 1:
         raise ValueError(f"stitch altmoe runs in one process, not in {processes}")
     folder, everything = Path(config.folder), {**config.sides, **config.added}
+    if len(everything) < 2:
+        raise ValueError(f"sides are {', '.join(everything)}, expected two or more")
     runtime.open_run(folder, dataclasses.asdict(config))
-    items = altmoe.load_items(config.data, config.latents, everything, config.limit)
+    items = load_samples(config.data, config.latents, everything, limit=config.limit)
     card = {"data": config.data, "sides": {name: dataclasses.asdict(side) for name, side in everything.items()}}
     runs: dict[str, list[dict[str, Any]]] = {}
     cosines: list[dict[str, Any]] = []
@@ -79,7 +79,7 @@ def run(config: Config) -> None:
 
     def fresh(sides: Mapping[str, Source], method: altmoe.Method, seed: int) -> altmoe.Predictor:
         runtime.seed_everything(seed, "model")
-        vectors = {side: items["train"].vectors[side] for side in sides}
+        vectors = {side: items["train"].sides[side] for side in sides}
         widths = {side: z.shape[1] for side, z in vectors.items()}
         return altmoe.Predictor(widths, altmoe.all_ways(sides), method, card).fit_scale(vectors)
 
@@ -93,7 +93,7 @@ def run(config: Config) -> None:
         print(f"{name}, seed {seed}: {said}", flush=True)
 
     for seed in config.seeds:
-        batch = next(altmoe.ItemLoader(items["train"], min(config.batch_size, len(items["train"])), seed).batches())
+        batch = next(SampleLoader(items["train"], min(config.batch_size, len(items["train"])), seed).batches())
         for name, method in config.arms.items():
             model = fresh(config.sides, method, seed)
             start = altmoe.gradient_cosines(model, method, batch) if name == config.against else {}
@@ -103,7 +103,7 @@ def run(config: Config) -> None:
                 cosines.append({"start": start, "end": altmoe.gradient_cosines(model, method, batch)})
         if config.added:
             runtime.seed_everything(seed, "extension")
-            larger = altmoe.extend(base, {side: items["train"].vectors[side] for side in config.added})
+            larger = altmoe.extend(base, {side: items["train"].sides[side] for side in config.added})
             one("extended", larger, config.arms[config.against], larger.directions[len(base.directions) :], seed)
             for name in config.scratch:
                 model = fresh(everything, config.arms[name], seed)
@@ -112,9 +112,9 @@ def run(config: Config) -> None:
     kept.save(folder / "model")
     shutil.rmtree(folder / "store", ignore_errors=True)
     for side in kept.widths:
-        Store(folder / "store" / side, kept, side).add(test.vectors[side], test.ids)
+        Store(folder / "store" / side, kept, side).add(test.sides[side], test.ids)
     way = kept.directions[0]
-    queries, stored = (test.vectors[side] for side in way.split(">"))
+    queries, stored = (test.sides[side] for side in way.split(">"))
     with tempfile.TemporaryDirectory(dir=folder) as place:
         timed = {n: latency(kept, way, queries[:200], stored, n, f"{place}/{n}") for n in config.sizes}
     metrics = {
@@ -123,15 +123,13 @@ def run(config: Config) -> None:
         "gradient_cosines": cosines,
         "loads": {name: [one["loads"] for one in each] for name, each in runs.items() if each[0]["loads"]},
         "latency": timed,
-        "environment": runtime.environment(),
     }
-    shown = tables(metrics, config.against)
-    write_durably(folder / "metrics.json", json.dumps(metrics | {"tables": shown}, indent=1))
+    write_metrics(folder, metrics, tables(metrics, config.against))
     draw(runs, metrics, config, folder)
-    print(*shown, f"{folder}: metrics.json, pictures, model, store", sep="\n\n")
+    print(f"{folder}: metrics.json, pictures, model, store")
 
 
-def protocol(config: Config, items: Mapping[str, altmoe.Items]) -> str:
+def protocol(config: Config, items: Mapping[str, Samples]) -> str:
     """What the figures mean."""
     sides = ", ".join(f"{name} ({side.encoder})" for name, side in {**config.sides, **config.added}.items())
     return (
@@ -184,41 +182,29 @@ def tables(metrics: Mapping[str, Any], against: str) -> list[Table]:
 
 def draw(runs: Runs, metrics: Mapping[str, Any], config: Config, folder: Path) -> None:
     """`comparison.png`: courses and R@1 of all arms; `loads.png`: which experts see what, if any arm has some."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
     ways = altmoe.all_ways(config.sides)
-    for number, name in enumerate(arm for arm in config.arms if arm == config.against or config.arms[arm].directions):
-        for way, style in zip(ways, ("-", "--"), strict=False):
-            courses = [[(each["step"], each[f"val/{way}"]) for each in run["course"]] for run in runs[name]]
-            steps, course = np.mean(courses, axis=0).T
-            left.plot(steps, 100 * course, style, color=f"C{number}", label=f"{name}: {way}")
-    left.set(xlabel="updates", ylabel="R@1 on the validation split, %")
-    left.legend(fontsize=7)
-    for number, way in enumerate(ways):
-        found = [summary(paired(each, way))["R@1"] for each in runs.values()]
-        means, stds = (100 * np.array([each[key] for each in found]) for key in ("mean", "std"))
-        right.errorbar(means, np.arange(len(runs)) + 0.12 * number, xerr=stds, fmt="o", ms=4, capsize=2, label=way)
-    right.set_yticks(range(len(runs)), list(runs), fontsize=8)
-    right.set(xlabel="R@1 on the test split, %; deviation over seeds")
-    right.invert_yaxis()
-    right.legend(fontsize=7)
-    figure.suptitle(textwrap.fill(metrics["protocol"], 170), fontsize=8)
-    figure.tight_layout()
-    figure.savefig(folder / "comparison.png", dpi=120)
-    pyplot.close(figure)
-
+    with drawing(folder / "comparison.png", 1, 2, (13, 5), metrics["protocol"]) as ((left, right),):
+        alone = [arm for arm in config.arms if arm == config.against or config.arms[arm].directions]
+        for number, name in enumerate(alone):
+            for way, style in zip(ways, ("-", "--"), strict=False):
+                courses = [[(each["step"], each[f"val/{way}"]) for each in run["course"]] for run in runs[name]]
+                steps, course = np.mean(courses, axis=0).T
+                left.plot(steps, 100 * course, style, color=f"C{number}", label=f"{name}: {way}")
+        left.set(xlabel="updates", ylabel="R@1 on the validation split, %")
+        left.legend(fontsize=7)
+        for number, way in enumerate(ways):
+            found = [summary(paired(each, way))["R@1"] for each in runs.values()]
+            means, stds = (100 * np.array([each[key] for each in found]) for key in ("mean", "std"))
+            right.errorbar(means, np.arange(len(runs)) + 0.12 * number, xerr=stds, fmt="o", ms=4, capsize=2, label=way)
+        right.set_yticks(range(len(runs)), list(runs), fontsize=8)
+        right.set(xlabel="R@1 on the test split, %; deviation over seeds")
+        right.invert_yaxis()
+        right.legend(fontsize=7)
     if not metrics["loads"]:
         return
-    figure, rows = pyplot.subplots(len(metrics["loads"]), 1, figsize=(7, 1.9 * len(metrics["loads"])), squeeze=False)
-    for axes, (name, seeds) in zip(rows[:, 0], metrics["loads"].items(), strict=True):
-        shares = {f"{way}, {loss}": load for loss in altmoe.LOSSES for way, load in seeds[0][loss]["load"].items()}
-        axes.imshow(list(shares.values()), vmin=0, vmax=0.5, aspect="auto", cmap="magma")
-        axes.set_yticks(range(len(shares)), list(shares), fontsize=6)
-        axes.set_title(f"{name}, first seed: share of choices by expert; {seeds[0]['dead']} dead", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(folder / "loads.png", dpi=120)
-    pyplot.close(figure)
+    with drawing(folder / "loads.png", len(metrics["loads"]), 1, (7, 1.9 * len(metrics["loads"]))) as rows:
+        for axes, (name, seeds) in zip(rows[:, 0], metrics["loads"].items(), strict=True):
+            shares = {f"{way}, {loss}": load for loss in altmoe.LOSSES for way, load in seeds[0][loss]["load"].items()}
+            axes.imshow(list(shares.values()), vmin=0, vmax=0.5, aspect="auto", cmap="magma")
+            axes.set_yticks(range(len(shares)), list(shares), fontsize=6)
+            axes.set_title(f"{name}, first seed: share of choices by expert; {seeds[0]['dead']} dead", fontsize=8)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from fourm import runtime
-from fourm.data.rewrite import write_durably
 from fourm.data.shards import ShardDataset
 from fourm.evaluation.retrieval import search
 from fourm.stitching.curve import AdapterConfig, CurveConfig, draw, measure
 from fourm.stitching.latents import Latents
-from fourm.stitching.pairs import Pairs, PairsConfig, choose_layers, load_pairs
-from fourm.stitching.report import Table
+from fourm.stitching.pairs import PairsConfig, Samples, choose_layers, load_samples
+from fourm.stitching.report import Table, write_metrics
 from fourm.stitching.space import SharedSpace
 from fourm.training.trainer import TrainConfig
 from fourm.verbs import stitch_retrieve
@@ -53,36 +51,32 @@ def run(config: Config) -> None:
     if (config.pairs.a_layers or config.pairs.b_layers) and any(config.curve.sizes):
         said = "a_layers and b_layers are chosen with all training pairs"
         raise ValueError(f"curve.sizes is {list(config.curve.sizes)}, but {said}; allowed is [0]")
-    folder = Path(config.folder)
-    joined = runtime.accelerator()
+    folder, joined = Path(config.folder), runtime.accelerator()
     if joined.is_main_process:
         runtime.open_run(folder, dataclasses.asdict(config))
-    with joined.main_process_first():  # which makes the latents
-        config.pairs, layers = choose_layers(config.pairs)
-        pairs = load_pairs(config.pairs)
-    sides = {"a": config.pairs.a, "b": config.pairs.b}
-    cards = {name: Latents(Path(config.pairs.latents) / side.name / "test").card for name, side in sides.items()}
+    config.pairs, layers = choose_layers(config.pairs)
+    place, sides = config.pairs.latents, {"a": config.pairs.a, "b": config.pairs.b}
+    pairs = load_samples(config.pairs.data, place, sides, config.pairs.batch_size, config.pairs.limit)
+    cards = {name: Latents(Path(place) / side.name / "test").card for name, side in sides.items()}
     made = {name: {key: card[key] for key in ("weights", "preprocessing")} for name, card in cards.items()}
     card = {"pairs": dataclasses.asdict(config.pairs), "made": made}
     found = measure(config.curve, config.connector, pairs, TrainConfig.of(config), folder, card)
     if joined.is_main_process:
         counts = {split: len(each) for split, each in pairs.items()}
-        shown = tables(found, config.curve.against, layers)
-        metrics = {"protocol": protocol(config, counts), "pairs": counts, "made": made, "layers": layers, **found}
-        metrics |= {"tables": shown, "environment": runtime.environment()}
-        write_durably(folder / "metrics.json", json.dumps(metrics, indent=1))
-        draw(found, config.curve.against, folder / "curve.png", protocol(config, counts))
+        words = protocol(config, counts)
+        metrics = {"protocol": words, "pairs": counts, "made": made, "layers": layers, **found}
+        write_metrics(folder, metrics, tables(found, config.curve.against, layers))
+        draw(found, config.curve.against, folder / "curve.png", words)
         retrieve(config.pairs, pairs["test"], folder)
-        print(*shown, sep="\n\n")
         print(", ".join(str(folder / name) for name in ("metrics.json", "curve.png", "retrieved.png")))
     runtime.finish(joined)
 
 
 @torch.inference_mode()
-def retrieve(config: PairsConfig, test: Pairs, folder: Path, queries: int = 4, k: int = 5) -> None:
+def retrieve(config: PairsConfig, test: Samples, folder: Path, queries: int = 4, k: int = 5) -> None:
     """Draws what the kept space finds for test samples of each side, evenly spaced ones."""
     space, names = SharedSpace.load(folder / "space"), {"a": config.a.modality, "b": config.b.modality}
-    vectors = {"a": space("a", test.a), "b": space("b", test.b)}
+    vectors = {side: space(side, z) for side, z in test.sides.items()}
     data, rows = ShardDataset(Path(config.data) / "test", sorted({*names.values()})), []
     queries = min(queries, len(test))
     chosen = [number * len(test) // queries for number in range(queries)]

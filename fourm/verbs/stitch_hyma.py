@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from fourm import runtime
-from fourm.data.rewrite import write_durably
 from fourm.stitching.hyma import AlignConfig, Hyma, ZooConfig, load_zoo
 from fourm.stitching.ranking import train_arm
-from fourm.stitching.report import Table
+from fourm.stitching.report import Table, write_metrics
 from fourm.training.trainer import TrainConfig
 
 
@@ -36,12 +34,10 @@ class Config(TrainConfig):
 
 def run(config: Config) -> None:
     """Makes the latents that are not there yet, trains, writes ranking, hypernetwork and the winners' connectors."""
-    folder = Path(config.folder)
-    joined = runtime.accelerator()
+    folder, joined = Path(config.folder), runtime.accelerator()
     if joined.is_main_process:
         runtime.open_run(folder, dataclasses.asdict(config))
-    with joined.main_process_first():  # which makes the latents
-        zoo = load_zoo(config.zoo)
+    zoo = load_zoo(config.zoo)
     train = TrainConfig.of(config)
     result = train_arm("hyma", config.align, zoo, train, folder, {"zoo": dataclasses.asdict(config.zoo)})
     if joined.is_main_process:
@@ -56,8 +52,6 @@ def run(config: Config) -> None:
         )
         rows = [[*pair, *(f"{100 * figure:.1f}" for figure in figures)] for pair, *figures in ranking]
         table = Table("Pairs, points", ["a", "b", "validation", "test", "test R@1"], rows)
-        metrics = {"protocol": protocol, "seconds": result["seconds"], "tables": [table]}
-        write_durably(folder / "metrics.json", json.dumps(metrics | {"environment": runtime.environment()}, indent=1))
-        print(table)
+        write_metrics(folder, {"protocol": protocol, "seconds": result["seconds"]}, [table])
         print(f"{folder / 'metrics.json'}, {folder / 'connectors'}")
     runtime.finish(joined)

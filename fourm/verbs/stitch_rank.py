@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from fourm import runtime
-from fourm.data.rewrite import write_durably
 from fourm.stitching.hyma import AlignConfig, ZooConfig, load_zoo
 from fourm.stitching.ranking import RankConfig, draw, measure
-from fourm.stitching.report import Table
+from fourm.stitching.report import Table, write_metrics
 from fourm.training.trainer import TrainConfig
 
 
@@ -42,21 +40,17 @@ class Config(TrainConfig):
 
 def run(config: Config) -> None:
     """Makes the latents that are not there yet, trains all runs, writes figures and picture."""
-    folder = Path(config.folder)
-    joined = runtime.accelerator()
+    folder, joined = Path(config.folder), runtime.accelerator()
     if joined.is_main_process:
         runtime.open_run(folder, dataclasses.asdict(config))
-    with joined.main_process_first():  # which makes the latents
-        zoo = load_zoo(config.zoo)
+    zoo = load_zoo(config.zoo)
     train = TrainConfig.of(config)
     found = measure(config.rank, config.align, zoo, train, folder)
     if joined.is_main_process:
-        counts = {split: len(each.ids) for split, each in zoo.items()}
-        words, shown = protocol(config, counts), tables(found, counts["val"])
-        metrics = {"protocol": words, **found, "tables": shown}
-        write_durably(folder / "metrics.json", json.dumps(metrics | {"environment": runtime.environment()}, indent=1))
+        counts = {split: len(each) for split, each in zoo.items()}
+        words = protocol(config, counts)
+        write_metrics(folder, {"protocol": words, **found}, tables(found, counts["val"]))
         draw(found, folder / "ranking.png", words)
-        print(*shown, sep="\n\n")
         print(f"{folder / 'metrics.json'}, {folder / 'ranking.png'}")
     runtime.finish(joined)
 

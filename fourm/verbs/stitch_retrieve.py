@@ -19,6 +19,7 @@ from fourm.data.shards import ShardDataset
 from fourm.evaluation.retrieval import search
 from fourm.stitching.encoders import latents
 from fourm.stitching.latents import Latents, Source, check
+from fourm.stitching.report import drawing
 from fourm.stitching.teacher import open_side
 
 
@@ -100,23 +101,13 @@ def read_query(query: str, example: Any, side: str) -> Any:
 
 def draw(rows: Sequence[Sequence[Shown]], path: Path) -> None:
     """Pictures and texts in rows of the same length; what is right has a green title."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = len(rows[0])
-    figure, grid = pyplot.subplots(len(rows), columns, figsize=(2 * columns, 2.4 * len(rows)), squeeze=False)
-    for axes, shown in zip(grid.flat, (each for row in rows for each in row), strict=True):
-        mark = {"color": "green", "fontweight": "bold"} if shown.right else {}
-        axes.set_title(shown.title, fontsize=9, **mark)
-        axes.axis("off")
-        drawn = picture(shown.value) if isinstance(shown.value, np.ndarray) else captions(shown.value)[0]
-        if isinstance(drawn, str):
-            axes.text(0.5, 0.5, textwrap.fill(drawn, 22), ha="center", va="center", fontsize=8)
-        else:
-            axes.imshow(np.asarray(drawn))
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with drawing(path, len(rows), len(rows[0]), (2 * len(rows[0]), 2.4 * len(rows))) as grid:
+        for axes, shown in zip(grid.flat, (each for row in rows for each in row), strict=True):
+            mark = {"color": "green", "fontweight": "bold"} if shown.right else {}
+            axes.set_title(shown.title, fontsize=9, **mark)
+            axes.axis("off")
+            drawn = picture(shown.value) if isinstance(shown.value, np.ndarray) else captions(shown.value)[0]
+            if isinstance(drawn, str):
+                axes.text(0.5, 0.5, textwrap.fill(drawn, 22), ha="center", va="center", fontsize=8)
+            else:
+                axes.imshow(np.asarray(drawn))

@@ -19,8 +19,6 @@ from fourm.stitching.ahead import Store, latency
 from fourm.stitching.altmoe import (
     LOSSES,
     Directions,
-    ItemLoader,
-    Items,
     Method,
     Predictor,
     all_ways,
@@ -33,6 +31,7 @@ from fourm.stitching.altmoe import (
 )
 from fourm.stitching.encoders import latents, load
 from fourm.stitching.latents import Source
+from fourm.stitching.pairs import SampleLoader, Samples
 from fourm.stitching.report import write_stitching_report
 from fourm.training.optim import OptimConfig
 from fourm.training.trainer import TrainConfig
@@ -49,7 +48,7 @@ def items(n, seed=0, noise=0.3):
     """Three views of the same five factors."""
     rng, views = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(99)
     factors = torch.randn(n, 5, generator=rng)
-    return Items(
+    return Samples(
         {
             side: 3 + factors @ torch.randn(5, width, generator=views) + noise * torch.randn(n, width, generator=rng)
             for side, width in WIDTHS.items()
@@ -64,11 +63,11 @@ SPLITS = {"train": items(60), "val": items(20, 1), "test": items(20, 2)}
 def predictor(method=SMALL, sides="ab", ways=None):
     torch.manual_seed(0)
     model = Predictor({side: WIDTHS[side] for side in sides}, ways or all_ways(list(sides)), method)
-    return model.fit_scale({side: SPLITS["train"].vectors[side] for side in sides})
+    return model.fit_scale({side: SPLITS["train"].sides[side] for side in sides})
 
 
 def batch(step=0, n=16):
-    found = next(ItemLoader(SPLITS["train"], n, 0).batches(step))
+    found = next(SampleLoader(SPLITS["train"], n, 0).batches(step))
     return found | {"sides": {side: found["sides"][side] for side in "ab"}}
 
 
@@ -79,7 +78,7 @@ def test_the_loss_is_that_of_the_paper(dense):
     task = Directions(model, method, ["b>a"])
     counts = task.counts(some)
     assert counts.tolist() == [16]
-    z = {side: (v - SPLITS["train"].vectors[side].mean(0)) / SPLITS["train"].vectors[side].std(0)
+    z = {side: (v - SPLITS["train"].sides[side].mean(0)) / SPLITS["train"].sides[side].std(0)
          for side, v in some["sides"].items()}  # fmt: skip
     h = F.gelu(model.enter["b"](z["b"] + model.way["b>a"]))
     parts = []
@@ -120,8 +119,8 @@ def test_schedules_depend_on_the_step_alone():
     assert found == list("xxyyyyzz")
     with pytest.raises(ValueError, match="allowed are alternate, joint, probabilistic"):
         taught(Method(schedule="both"), ways, 0, 0.5, even)
-    first = list(zip(range(5), ItemLoader(SPLITS["train"], 4, 1).batches(0), strict=False))[4][1]
-    again = next(ItemLoader(SPLITS["train"], 4, 1).batches(4))
+    first = list(zip(range(5), SampleLoader(SPLITS["train"], 4, 1).batches(0), strict=False))[4][1]
+    again = next(SampleLoader(SPLITS["train"], 4, 1).batches(4))
     assert first["keys"] == again["keys"] and first["draw"] == again["draw"] and first["step"] == again["step"] == 4
 
 
@@ -186,7 +185,7 @@ def test_best_weights_of_a_killed_run_with_other_settings_are_not_taken(tmp_path
 def test_latents_go_to_the_device_of_the_model_and_a_trained_one_comes_back(tmp_path, monkeypatch):
     model = predictor(dataclasses.replace(SMALL, dense=2)).to("meta")  # numbers of other devices are refused by it
     assert {each.device.type for each in evaluate(model, SPLITS["test"], model.directions).values()} == {"meta"}
-    assert model.items("b", SPLITS["test"].vectors["b"]).device.type == "meta"
+    assert model.items("b", SPLITS["test"].sides["b"]).device.type == "meta"
     called, cpu = [], Predictor.cpu
     monkeypatch.setattr(Predictor, "cpu", lambda self: called.append(1) or cpu(self))
     train_one(predictor(), SMALL, ["a>b"], SPLITS, TRAIN, tmp_path)
@@ -197,7 +196,7 @@ def test_a_new_side_leaves_the_old_ones_as_they_are(tmp_path):
     model, test = predictor(), SPLITS["test"]
     train_one(model, SMALL, all_ways("ab"), SPLITS, TRAIN, tmp_path / "base")
     before, old = evaluate(model, test, model.directions), {k: v.clone() for k, v in model.state_dict().items()}
-    larger = extend(model, {"c": SPLITS["train"].vectors["c"]})
+    larger = extend(model, {"c": SPLITS["train"].sides["c"]})
     assert larger.directions[:2] == model.directions and set(larger.directions[2:]) == {"a>c", "c>a", "b>c", "c>b"}
     method = dataclasses.replace(SMALL, gradients=2)
     found = train_one(larger, method, larger.directions[2:], SPLITS, TRAIN, tmp_path / "more")
@@ -207,7 +206,7 @@ def test_a_new_side_leaves_the_old_ones_as_they_are(tmp_path):
     assert np.mean([np.array(found["ranks"][way]) < 1 for way in larger.directions[2:]]) > 0.25  # chance is 0.05
     assert larger.item_weights("a") == model.item_weights("a") != larger.item_weights("c")
     with pytest.raises(ValueError, match="direction is 'a>d', allowed are a>b, b>a"):
-        model.query("a>d", test.vectors["a"])
+        model.query("a>d", test.sides["a"])
 
 
 def test_expert_loads_by_hand_and_by_sklearn():
@@ -233,7 +232,7 @@ def test_expert_loads_by_hand_and_by_sklearn():
 
     model, chosen, ways = predictor(), [], []
     for number, way in enumerate(model.directions):
-        model.query(way, SPLITS["test"].vectors[way[0]])
+        model.query(way, SPLITS["test"].sides[way[0]])
         chosen += model.experts.routing.experts.flatten().tolist()
         ways += [number] * 40
     expected = mutual_info_score(ways, chosen) / np.log(2)
@@ -256,44 +255,44 @@ def test_gradient_cosines_are_those_of_two_backward_passes():
 def test_stored_items_are_found_as_unstored_ones_are(tmp_path):
     model, test = predictor().eval(), SPLITS["test"]
     store = Store(tmp_path / "b", model, "b")
-    store.add(test.vectors["b"][:15], test.ids[:15])
+    store.add(test.sides["b"][:15], test.ids[:15])
     before = (tmp_path / "b/items.f32").read_bytes()
     with (tmp_path / "b/items.f32").open("ab") as file:
         file.write(b"left by a kill")
-    store.add(test.vectors["b"][15:], test.ids[15:])
+    store.add(test.sides["b"][15:], test.ids[15:])
     assert (tmp_path / "b/items.f32").read_bytes()[: len(before)] == before
     again = Store(tmp_path / "b", model, "b")
     assert again.ids == test.ids and again.items.shape == (20, 16)
-    cosines, found = again.search("a", test.vectors["a"], 4)
+    cosines, found = again.search("a", test.sides["a"], 4)
     with torch.no_grad():
-        reference = NearestNeighbors(n_neighbors=4, metric="cosine").fit(model.items("b", test.vectors["b"]).numpy())
-        distances, expected = reference.kneighbors(model.query("a>b", test.vectors["a"]).numpy())
+        reference = NearestNeighbors(n_neighbors=4, metric="cosine").fit(model.items("b", test.sides["b"]).numpy())
+        distances, expected = reference.kneighbors(model.query("a>b", test.sides["a"]).numpy())
     np.testing.assert_allclose(1 - distances, cosines, atol=1e-5)
     assert np.array_equal(expected, found)
-    extended = extend(model, {"c": SPLITS["train"].vectors["c"]})
-    assert Store(tmp_path / "b", extended, "b").search("c", test.vectors["c"], 4)[1].shape == (20, 4)
+    extended = extend(model, {"c": SPLITS["train"].sides["c"]})
+    assert Store(tmp_path / "b", extended, "b").search("c", test.sides["c"], 4)[1].shape == (20, 4)
     with torch.no_grad():
         model.projection["b"].bias[0] += 1
     with pytest.raises(ValueError, match=r"was made with weights \w+; asked for is weights"):
         Store(tmp_path / "b", model, "b")
     with pytest.raises(ValueError, match="expected one line for each"):
-        again.add(test.vectors["b"][:2], ["one"])
+        again.add(test.sides["b"][:2], ["one"])
 
 
 def test_half_a_name_that_a_kill_left_is_not_one(tmp_path):
     model, test = predictor().eval(), SPLITS["test"]
-    Store(tmp_path, model, "b").add(test.vectors["b"][:3], test.ids[:3])
+    Store(tmp_path, model, "b").add(test.sides["b"][:3], test.ids[:3])
     with (tmp_path / "ids.txt").open("a") as file:
         file.write("half a na")
     store = Store(tmp_path, model, "b")
     assert store.ids == test.ids[:3]
-    store.add(test.vectors["b"][:1], ["after"])
+    store.add(test.sides["b"][:1], ["after"])
     again = Store(tmp_path, model, "b")
     assert again.ids == [*test.ids[:3], "after"] and np.allclose(again.items[0], again.items[3])
 
 
 def test_latency_compares_both_paths(tmp_path):
-    model, z = predictor().eval(), SPLITS["test"].vectors
+    model, z = predictor().eval(), SPLITS["test"].sides
     found = latency(model, "a>b", z["a"], z["b"], 50, tmp_path / "store")
     assert found["same_answers"] == 1 and 0 < found["p50_ms"] <= found["p95_ms"] and found["queries"] == 20
     assert (tmp_path / "store/ids.txt").read_text().split() == [str(i) for i in range(50)]

@@ -18,9 +18,10 @@ from fourm.evaluation.retrieval import both_ways
 from fourm.model.connectors import Connector, ConnectorConfig
 from fourm.stitching.baselines import asif, choose, ridge
 from fourm.stitching.curve import AdapterConfig, CurveConfig, draw, measure, train_one
-from fourm.stitching.fusemix import Augmentation, Contrastive, Selection, augment, evaluate, structure_loss
+from fourm.stitching.fusemix import Augmentation, Contrastive, augment, evaluate, structure_loss
 from fourm.stitching.latents import Source
-from fourm.stitching.pairs import Pairs, PairsConfig, choose_layers
+from fourm.stitching.pairs import PairsConfig, Samples, choose_layers
+from fourm.stitching.runs import Best
 from fourm.stitching.space import SharedSpace, info_nce
 from fourm.stitching.teacher import open_side
 from fourm.training.optim import OptimConfig
@@ -36,7 +37,7 @@ def pairs(n, seed=0, noise=0.5):
     rng, views = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(99)
     factors, a, b = torch.randn(n, 5, generator=rng), *(torch.randn(5, 8, generator=views) for _ in range(2))
     sides = [factors @ view + noise * torch.randn(n, 8, generator=rng) for view in (a, b)]
-    return Pairs(*sides, [f"{seed}-{i}" for i in range(n)])
+    return Samples(dict(zip("ab", sides, strict=True)), [f"{seed}-{i}" for i in range(n)])
 
 
 def space(dim=6):
@@ -70,7 +71,7 @@ def test_the_loss_is_the_mean_of_two_cross_entropies():
 
 def test_cosines_are_told_apart_under_autocast():
     turns = torch.linspace(0, 1, 200)
-    some = Pairs(*[torch.stack([turns.cos(), turns.sin()], 1)] * 2, [str(i) for i in range(200)])
+    some = Samples(dict.fromkeys("ab", torch.stack([turns.cos(), turns.sin()], 1)), [str(i) for i in range(200)])
     before, after = torch.randn(6, 5), torch.randn(6, 3)
     expected = structure_loss(before, after)
     with torch.autocast("cpu", torch.bfloat16):
@@ -111,14 +112,14 @@ def test_shares_are_beta_and_noise_is_in_units_of_the_spread():
 
 def test_a_batch_is_scored_as_a_part_of_the_update_with_a_clamped_temperature():
     model, some = space(), pairs(6)
-    task, batch = Contrastive(model, Augmentation(kind="none"), some), {"a": some.a, "b": some.b}
+    task, batch = Contrastive(model, Augmentation(kind="none"), some), {"sides": some.sides}
     assert task.counts(batch).tolist() == [6]
     assert Contrastive(model, Augmentation(partner="half"), some).counts(batch).tolist() == [3]
     with torch.no_grad():
         model.temperature.fill_(0.9)
     loss = task.loss(batch, torch.tensor([12.0]))["loss"]
     assert model.temperature.item() == 0.5
-    expected = info_nce(model("a", some.a), model("b", some.b), 0.5).sum() / 12
+    expected = info_nce(*(model(side, z) for side, z in some.sides.items()), 0.5).sum() / 12
     torch.testing.assert_close(loss, expected)
 
 
@@ -141,11 +142,11 @@ def test_structure_is_the_divergence_of_walks():
     model, some = space(), pairs(6)
     plain, more = (
         Contrastive(model, Augmentation(kind="none", structure=weight), some).loss(
-            {"a": some.a, "b": some.b}, torch.tensor([6.0])
+            {"sides": some.sides}, torch.tensor([6.0])
         )["loss"]
         for weight in (0.0, 10.0)
     )
-    said = sum(structure_loss(z, model(side, z)).mean() for side, z in (("a", some.a), ("b", some.b)))
+    said = sum(structure_loss(z, model(side, z)).mean() for side, z in some.sides.items())
     torch.testing.assert_close(more, plain + 10 * said)
     more.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -193,12 +194,12 @@ def test_a_space_comes_back(tmp_path):
 @pytest.mark.parametrize("n", [5, 20])  # fewer than the numbers in a vector, and more
 def test_ridge_is_least_squares_with_a_penalty(n):
     train, test, strength = pairs(n), pairs(9, 1), 0.3
-    x, y = train.a.double().numpy(), train.b.double().numpy()
+    x, y = (train.sides[side].double().numpy() for side in "ab")
     x0, y0 = x - x.mean(0), y - y.mean(0)
     expected = 0
     for (left, right), (other_left, other_right), means in (
-        ((x0, y0), (test.a.double().numpy(), test.b.double().numpy()), (x.mean(0), y.mean(0))),
-        ((y0, x0), (test.b.double().numpy(), test.a.double().numpy()), (y.mean(0), x.mean(0))),
+        ((x0, y0), (test.sides["a"].double().numpy(), test.sides["b"].double().numpy()), (x.mean(0), y.mean(0))),
+        ((y0, x0), (test.sides["b"].double().numpy(), test.sides["a"].double().numpy()), (y.mean(0), x.mean(0))),
     ):
         penalty = strength * (left**2).sum() / len(left)
         rows = np.vstack([left, np.sqrt(penalty) * np.eye(8)])
@@ -210,24 +211,23 @@ def test_ridge_is_least_squares_with_a_penalty(n):
 
 
 def test_asif_keeps_the_nearest_anchors():
-    anchors = Pairs(torch.eye(3), torch.eye(3), list("abc"))
-    test = Pairs(torch.tensor([[3.0, 2, 1]]), torch.tensor([[0.0, 1, 2]]), ["d"])
+    anchors = Samples(dict.fromkeys("ab", torch.eye(3)), list("abc"))
+    test = Samples({"a": torch.tensor([[3.0, 2, 1]]), "b": torch.tensor([[0.0, 1, 2]])}, ["d"])
     # Of the cosines (3, 2, 1) / sqrt 14 and (0, 1, 2) / sqrt 5 the two largest, squared: (9, 4, 0) and (0, 1, 4).
     assert np.isclose(float(asif(anchors, test, 2, 2.0)), 4 / np.sqrt(97 * 17))
     assert set(choose("asif", pairs(30), pairs(10, 1))) == {"neighbours", "power"}
 
 
-def test_the_weights_of_the_best_validation_are_kept_and_survive(tmp_path, monkeypatch):
-    scores = iter([0.1, 0.5, 0.3])
-    monkeypatch.setattr("fourm.stitching.fusemix.mean_recall", lambda _: next(scores))
-    model, val = space(), pairs(10)
-    selection = Selection(val, tmp_path)
+def test_the_weights_of_the_best_validation_are_kept_and_survive(tmp_path):
+    scores, model = iter([0.1, 0.5, 0.3]), space()
+    best = Best(lambda _: ({"figure": 7.0}, {"": next(scores)}), tmp_path)
     for step in (1, 2, 3):
         with torch.no_grad():
             model.temperature.fill_(step / 10)
-        selection(model, step)
-    assert Selection(val, tmp_path).score == 0.5
-    assert Selection(val, tmp_path).restore(model) == 2 and np.isclose(model.temperature.item(), 0.2)
+        assert best(model, step) == {"figure": 7.0}
+    for kept in (best, Best(best.watch, tmp_path)):
+        assert kept.scores == {"": 0.5} and kept.step == 2 and kept.weights.keys() == model.state_dict().keys()
+        assert np.isclose(kept.weights["temperature"], 0.2)
 
 
 def test_a_run_learns_and_goes_on_after_a_kill_to_the_same_end(tmp_path, monkeypatch):
@@ -329,7 +329,7 @@ def test_the_curve_compares_arms_on_the_same_queries(tmp_path, monkeypatch):
     few, card = dataclasses.replace(config, sizes=[10, 20], seeds=1, noise=[]), {"made": "here"}
     measure(few, AdapterConfig(dim=6, hidden=16), splits, short, tmp_path / "few", card)
     kept, run = SharedSpace.load(tmp_path / "few/space"), SharedSpace.load(tmp_path / "few/runs/shared/20-0/space")
-    assert kept.card == card and torch.equal(kept("a", splits["test"].a), run("a", splits["test"].a))
+    assert kept.card == card and torch.equal(*(each("a", splits["test"].sides["a"]) for each in (kept, run)))
     shutil.rmtree(tmp_path / "few/space")  # as of runs that kept it beside themselves only
     with monkeypatch.context() as patched:
         patched.setattr(Contrastive, "loss", None)

@@ -20,7 +20,9 @@ from fourm import cli
 from fourm.model.connectors import load_connector
 from fourm.stitching import hyma as module
 from fourm.stitching import ranking
-from fourm.stitching.hyma import AlignConfig, Aligning, Grid, Hyma, HymaConfig, Shape, Stop, Zoo, ZooLoader
+from fourm.stitching.hyma import AlignConfig, Aligning, Grid, Hyma, HymaConfig, Shape, Zoo, watch
+from fourm.stitching.pairs import SampleLoader
+from fourm.stitching.runs import Best, Run
 from fourm.training.optim import OptimConfig
 from fourm.training.trainer import TrainConfig
 from fourm.verbs import stitch_hyma, stitch_rank
@@ -36,13 +38,13 @@ def zoo(n, seed=0, noise=0.3):
     """Views of the same four factors, one for every encoder."""
     rng, views = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(99)
     factors = torch.randn(n, 4, generator=rng)
-    sides = [
-        {name: F.normalize(factors @ torch.randn(4, width, generator=views) +
-                           noise * torch.randn(n, width, generator=rng), dim=1) for name, width in widths.items()}
-        for widths in (A, B)
-    ]  # fmt: skip
-    means = {side: {name: z.mean(0) for name, z in each.items()} for side, each in zip("ab", sides, strict=True)}
-    return Zoo(*sides, [f"{seed}-{i}" for i in range(n)], means)
+    sides = {
+        (side, name): F.normalize(factors @ torch.randn(4, width, generator=views) +
+                                  noise * torch.randn(n, width, generator=rng), dim=1)
+        for side, widths in (("a", A), ("b", B)) for name, width in widths.items()
+    }  # fmt: skip
+    means = {side: {name: z.mean(0) for (of, name), z in sides.items() if of == side} for side in "ab"}
+    return Zoo(sides, [f"{seed}-{i}" for i in range(n)], means)
 
 
 def hypernetwork(conditioning="encoders", depth=1, seed=0):
@@ -57,7 +59,7 @@ def test_best_weights_of_another_run_in_the_same_folder_are_not_taken(tmp_path):
 
     def trained(train, folder):
         model = hypernetwork()
-        module.fit(model, splits, splits["train"].pairs, 3, 0.1, train, tmp_path / folder)
+        module.fit(model, splits, splits["train"].pairs, 3, 0.1, Run(tmp_path / folder, train, {}))
         return model.layer_codes.detach()
 
     other = trained(fast, "used")
@@ -120,8 +122,8 @@ def test_flops_are_those_that_torch_counts(arm, depth, conditioning):
     )
     some, updates = zoo(40), 6 if arm == "hyma" else 1  # in so many every pair has as many turns
     formula, turns = ranking.update_flops(arm, align, some, 32), 4 if arm == "hyma" else 6
-    task = Aligning(ranking.build(arm, align, some), align.temperature)
-    batches = ZooLoader(some, some.pairs, turns, 32, 0).batches()
+    task = Aligning(ranking.build(arm, align, some), align.temperature, some.pairs, turns, 0)
+    batches = SampleLoader(some, 32, 0).batches()
     with FlopCounterMode(display=False) as counter:
         for batch in itertools.islice(batches, updates):
             task.loss(batch, task.counts(batch))["loss"].backward()
@@ -133,29 +135,31 @@ def test_flops_are_those_that_torch_counts(arm, depth, conditioning):
 
 
 def test_every_pair_has_its_turn_and_batches_are_those_of_their_step():
-    some = zoo(12)
-    loader = ZooLoader(some, some.pairs, 4, 8, seed=3)
-    batches = list(itertools.islice(loader.batches(), 6))
-    turns = [pair for batch in batches for pair in batch["pairs"]]
+    some, seen = zoo(12), []
+    task = Aligning(lambda pairs, z: seen.append(pairs) or hypernetwork()(pairs, z), 0.1, some.pairs, 4, seed=3)
+    batches = list(itertools.islice(SampleLoader(some, 8, seed=3).batches(), 6))
+    for batch in batches:
+        task.loss(batch, task.counts(batch))
+    turns = [pair for pairs in seen for pair in pairs]
     assert all(sorted(turns[i : i + 6]) == sorted(some.pairs) for i in range(0, 24, 6)) and turns[:6] != turns[6:12]
-    again = next(loader.batches(4))
-    assert again["pairs"] == batches[4]["pairs"] and again["keys"] == batches[4]["keys"]
-    for name, z in again["b"].items():
-        assert torch.equal(z, torch.stack([some.b[name][some.ids.index(key)] for key in again["keys"]]))
-    assert len(set(again["keys"])) == 8
-    for bad in ({"turns": 7, "batch_size": 8}, {"turns": 2, "batch_size": 13}):
-        with pytest.raises(ValueError, match="but there are 12 and 6"):
-            ZooLoader(some, some.pairs, **bad, seed=0)
+    again = next(SampleLoader(some, 8, seed=3).batches(4))
+    task.loss(again, task.counts(again))
+    assert again["keys"] == batches[4]["keys"] and seen[6] == seen[4] and len(set(again["keys"])) == 8
+    for side, z in again["sides"].items():
+        assert torch.equal(z, torch.stack([some.sides[side][some.ids.index(key)] for key in again["keys"]]))
+    with pytest.raises(ValueError, match="turns is 7, allowed are 1 to 6"):
+        Aligning(hypernetwork(), 0.1, some.pairs, 7, seed=3)
 
 
 def test_the_loss_is_the_mean_of_the_pairs_cross_entropies():
-    model, batch = hypernetwork(), next(ZooLoader(zoo(12), zoo(12).pairs, 4, 8, seed=3).batches())
+    model, some = hypernetwork(), zoo(12)
+    batch, task = next(SampleLoader(some, 8, seed=3).batches()), Aligning(model, 0.1, some.pairs, 4, seed=3)
     losses = []
-    for a, b in batch["pairs"]:
-        x = F.normalize(model.materialise((a, b))(batch["a"][a]), dim=1)
-        logits, target = x @ batch["b"][b].T / 0.1, torch.arange(8)
+    for a, b in map(task.turn, range(4)):
+        x = F.normalize(model.materialise((a, b))(batch["sides"]["a", a]), dim=1)
+        logits, target = x @ batch["sides"]["b", b].T / 0.1, torch.arange(8)
         losses.append((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2)
-    found = Aligning(model, 0.1).loss(batch, torch.tensor([8.0]))["loss"]
+    found = task.loss(batch, torch.tensor([8.0]))["loss"]
     torch.testing.assert_close(found, torch.stack(losses).mean())
 
 
@@ -166,7 +170,7 @@ def test_pairs_of_a_grid_learn_as_if_alone(tmp_path):
         torch.manual_seed(0)
         model = Grid(Shape(hidden=7), splits["train"].widths)
         before = model.materialise(("wide", "high")).network[0].weight.clone()
-        module.fit(model, splits, pairs, len(pairs), 0.1, train, tmp_path / str(number))
+        module.fit(model, splits, pairs, len(pairs), 0.1, Run(tmp_path / str(number), train, {}))
         both.append(model.materialise(("wide", "high")).state_dict())
         assert not torch.allclose(before, both[-1]["network.0.weight"], atol=1e-3)
     torch.testing.assert_close(*both, atol=1e-5, rtol=1e-3)
@@ -176,7 +180,7 @@ def test_each_part_keeps_the_weights_it_was_best_with(tmp_path, monkeypatch):
     scores = {("small", "low"): [0.1, 0.5, 0.2], ("wide", "high"): [0.7, 0.1, 0.3]}
     torch.manual_seed(0)
     model = Grid(Shape(depth=0), {"a": A, "b": B})
-    parts = [part for part in model.parts() if part[0][0] in scores]
+    parts = model.parts(list(scores))
     for step in (0, 1, 2):
         found = {pair: {f"R@{k}": values[step] for k in (1, 5, 10)} for pair, values in scores.items()}
         fakes = {pair: types.SimpleNamespace(figures=lambda each=each: each) for pair, each in found.items()}
@@ -184,12 +188,12 @@ def test_each_part_keeps_the_weights_it_was_best_with(tmp_path, monkeypatch):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(step)
-        mean = Stop(zoo(5), parts, tmp_path)(model, step)["score"]
+        mean = Best(lambda model: watch(model, zoo(5), list(scores)), tmp_path)(model, step)["score"]
         assert np.isclose(mean, sum(each[step] for each in scores.values()) / 2)
-    kept = Stop(zoo(5), parts, tmp_path)
-    assert np.allclose(sorted(kept.scores), [0.5, 0.7])
-    for (pairs, prefix), step in zip(parts, [1, 0], strict=True):
-        assert pairs[0] in scores and (kept.best[prefix + "network.weight"] == step).all()
+    kept = Best(watch, tmp_path)
+    assert np.allclose(sorted(kept.scores.values()), [0.5, 0.7])
+    for (prefix, pairs), step in zip(parts.items(), [1, 0], strict=True):
+        assert pairs[0] in scores and (kept.weights[prefix + "network.weight"] == step).all()
 
 
 @pytest.mark.parametrize("conditioning", ["encoders", "pair", "features"])
@@ -328,8 +332,8 @@ def test_the_verbs_rank_and_write_the_winners(tmp_path, capsys, monkeypatch):
     assert Hyma.load(tmp_path / "run/hyma").card["zoo"]["a"]["max"]["pooling"] == "max"
     splits = module.load_zoo(cli.read(stitch_hyma.Config, ["--config", str(tmp_path / "config.yaml")]).zoo)
     test = splits["test"]
-    torch.testing.assert_close(splits["train"].a["mean"].norm(dim=1), torch.ones(16))
-    scores = F.normalize(connector(test.a[best["a"]]), dim=1) @ test.b[best["b"]].T
+    torch.testing.assert_close(splits["train"].sides["a", "mean"].norm(dim=1), torch.ones(16))
+    scores = F.normalize(connector(test.sides["a", best["a"]]), dim=1) @ test.sides["b", best["b"]].T
     hits = [float((each.argmax(1) == torch.arange(12)).float().mean()) for each in (scores, scores.T)]
     assert best["test R@1"] == f"{100 * np.mean(hits):.1f}"
 

@@ -1,5 +1,6 @@
 """The store of latents: what is in it, that a kill costs nothing, and that other latents are refused."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ import fourm.stitching.pairs as pairs_module
 from fourm.encoders import FunctionEncoder
 from fourm.stitching.encoders import latents, load
 from fourm.stitching.latents import Latents, Source, compute
-from fourm.stitching.pairs import PairLoader, Pairs, PairsConfig, choose_layers, load_pairs
+from fourm.stitching.pairs import PairsConfig, SampleLoader, choose_layers, load_samples
 
 RNG = np.random.default_rng(0)
 
@@ -141,10 +142,11 @@ def test_an_encoder_runs_where_the_program_does_and_is_hashed_once(data, tmp_pat
     hashed, devices = [], []
     weights = FunctionEncoder.weights
     monkeypatch.setattr(FunctionEncoder, "weights", lambda self: hashed.append(self.name) or weights(self))
-    monkeypatch.setattr(pairs_module, "accelerator", lambda: SimpleNamespace(device=torch.device("meta")))
+    joined = SimpleNamespace(device=torch.device("meta"), main_process_first=contextlib.nullcontext)
+    monkeypatch.setattr(pairs_module, "accelerator", lambda: joined)
     monkeypatch.setattr(FunctionEncoder, "to", lambda self, device: devices.append(str(device)) or self)
     config = PairsConfig(data=str(data), a=source(), b=source("caption"), latents=str(tmp_path))
-    load_pairs(config)
+    load_samples(config.data, config.latents, {"a": config.a, "b": config.b})
     assert devices == ["meta", "meta"] and len(hashed) == 2  # not once for each of three splits
     setattr(sys.modules[__name__], "means@1", means)
     choose_layers(dataclasses.replace(config, a_layers=["1"], b=source()), k=3)
@@ -164,12 +166,14 @@ def test_other_latents_are_refused_with_both_sides_named(data, tmp_path):
 
 
 def test_pairs_and_their_batches(data, tmp_path):
-    config = PairsConfig(data=str(data), a=source(), b=source("caption"), latents=str(tmp_path), limit=9)
-    pairs = load_pairs(config)
+    def pairs_of(**sides):
+        return load_samples(str(data), str(tmp_path), sides, limit=9)
+
+    pairs = pairs_of(a=source(), b=source("caption"))
     assert {split: len(each) for split, each in pairs.items()} == {"train": 9, "val": 3, "test": 4}
     few, more = pairs["train"].subset(3, 1), pairs["train"].subset(6, 1)
     assert more.ids[:3] == few.ids and few.ids != pairs["train"].subset(3, 2).ids
-    loader = PairLoader(pairs["train"], 4, seed=0, world_size=2)
+    loader = SampleLoader(pairs["train"], 4, seed=0, world_size=2)
     first, second, third = (next(loader.batches(step)) for step in (0, 1, 2))
     stream = loader.batches()
     assert [next(stream)["keys"], next(stream)["keys"], next(stream)["keys"]] == [
@@ -177,14 +181,16 @@ def test_pairs_and_their_batches(data, tmp_path):
         second["keys"],
         third["keys"],
     ]
-    other = next(PairLoader(pairs["train"], 4, seed=0, rank=1, world_size=2).batches())
+    other = next(SampleLoader(pairs["train"], 4, seed=0, rank=1, world_size=2).batches())
     assert len({*first["keys"], *other["keys"]}) == 8 and first["keys"] != second["keys"]
     row = pairs["train"].ids.index(first["keys"][2])
-    assert torch.equal(first["a"][2], pairs["train"].a[row]) and torch.equal(first["b"][2], pairs["train"].b[row])
-    with pytest.raises(ValueError, match="batches have 10 pairs, but there are 9"):
-        PairLoader(pairs["train"], 5, seed=0, world_size=2)
-    with pytest.raises(ValueError, match="pairs are of vectors, but pooling is 'none' and 'mean'"):
-        load_pairs(
-            PairsConfig(data=str(data), a=source(pooling="none"), b=source("caption"), latents=str(tmp_path), limit=9)
-        )
-    assert isinstance(pairs["val"], Pairs)
+    assert all(torch.equal(first["sides"][side][2], pairs["train"].sides[side][row]) for side in "ab")
+    with pytest.raises(ValueError, match="batches have 10 samples, but there are 9"):
+        SampleLoader(pairs["train"], 5, seed=0, world_size=2)
+    wrong = r"none-\w+/train has \[9, 2, 2, 3\] numbers of 9 samples, expected a vector of each of the 9 that the first"
+    with pytest.raises(ValueError, match=wrong):
+        pairs_of(a=source("caption"), b=source(pooling="none"))
+    names = tmp_path / source("caption").name / "val/ids.json"
+    names.write_text(names.read_text().replace("02", "03"))
+    with pytest.raises(ValueError, match=r"val has \[3, 2\] numbers of 3 samples, expected a vector of each of the 3"):
+        pairs_of(a=source(), b=source("caption"))
