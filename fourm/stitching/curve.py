@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from fourm import runtime
+from fourm.evaluation.results import drawing
 from fourm.evaluation.retrieval import KS, BothWays, both_ways, paired_bootstrap
 from fourm.model.connectors import Connector, ConnectorConfig
 from fourm.stitching.baselines import BASELINES, LARGEST, choose, mean_recall
 from fourm.stitching.fusemix import Augmentation, Contrastive, evaluate, watch
 from fourm.stitching.pairs import Samples, fingerprint
-from fourm.stitching.report import drawing
 from fourm.stitching.runs import Run
 from fourm.stitching.space import SharedSpace
 from fourm.training.trainer import TrainConfig

@@ -15,11 +15,11 @@ from scipy.stats import spearmanr
 from sklearn.metrics import ndcg_score
 
 from fourm import runtime
+from fourm.evaluation.results import drawing
 from fourm.evaluation.retrieval import KS, both_ways, cka, mutual_knn, paired_bootstrap
 from fourm.stitching.baselines import choose, mean_recall, ridge
 from fourm.stitching.hyma import AlignConfig, Grid, Hyma, Zoo, evaluate, fit
 from fourm.stitching.pairs import SPLITS, Samples, fingerprint
-from fourm.stitching.report import drawing
 from fourm.stitching.runs import Run
 from fourm.training.trainer import TrainConfig
 

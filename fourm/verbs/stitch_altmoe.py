@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from fourm import runtime
+from fourm.evaluation.results import Table, drawing, write_metrics
 from fourm.evaluation.retrieval import BothWays
 from fourm.stitching import altmoe
 from fourm.stitching.ahead import Store, latency
 from fourm.stitching.curve import difference, summary
 from fourm.stitching.latents import Source
 from fourm.stitching.pairs import SampleLoader, Samples, load_samples
-from fourm.stitching.report import Table, drawing, write_metrics
 from fourm.training.trainer import TrainConfig
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]

@@ -10,11 +10,11 @@ import torch
 
 from fourm import runtime
 from fourm.data.shards import ShardDataset
+from fourm.evaluation.results import Table, write_metrics
 from fourm.evaluation.retrieval import search
 from fourm.stitching.curve import AdapterConfig, CurveConfig, draw, measure
 from fourm.stitching.latents import Latents
 from fourm.stitching.pairs import PairsConfig, Samples, choose_layers, load_samples
-from fourm.stitching.report import Table, write_metrics
 from fourm.stitching.space import SharedSpace
 from fourm.training.trainer import TrainConfig
 from fourm.verbs import stitch_retrieve

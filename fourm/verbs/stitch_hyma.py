@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from fourm import runtime
+from fourm.evaluation.results import Table, write_metrics
 from fourm.stitching.hyma import AlignConfig, Hyma, ZooConfig, load_zoo
 from fourm.stitching.ranking import train_arm
-from fourm.stitching.report import Table, write_metrics
 from fourm.training.trainer import TrainConfig
 
 

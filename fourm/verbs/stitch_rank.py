@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from fourm import runtime
+from fourm.evaluation.results import Table, write_metrics
 from fourm.stitching.hyma import AlignConfig, ZooConfig, load_zoo
 from fourm.stitching.ranking import RankConfig, draw, measure
-from fourm.stitching.report import Table, write_metrics
 from fourm.training.trainer import TrainConfig
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fourm.stitching.report import write_stitching_report
+from fourm.evaluation.results import write_results
 
 
 @dataclass(kw_only=True)
@@ -22,4 +22,4 @@ class Config:
 
 def run(config: Config) -> None:
     """Writes the page."""
-    print(write_stitching_report(config.folder, config.output))
+    print(write_results(config.folder, config.output, "Stitching"))

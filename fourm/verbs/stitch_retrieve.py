@@ -16,10 +16,10 @@ from PIL import Image, UnidentifiedImageError
 from fourm.data.inspect import picture
 from fourm.data.labels import captions
 from fourm.data.shards import ShardDataset
+from fourm.evaluation.results import drawing
 from fourm.evaluation.retrieval import search
 from fourm.stitching.encoders import latents
 from fourm.stitching.latents import Latents, Source, check
-from fourm.stitching.report import drawing
 from fourm.stitching.teacher import open_side
 
 

@@ -14,6 +14,7 @@ from sklearn.metrics import mutual_info_score
 from sklearn.neighbors import NearestNeighbors
 
 from fourm import cli
+from fourm.evaluation.results import write_results
 from fourm.stitching import ahead
 from fourm.stitching.ahead import Store, latency
 from fourm.stitching.altmoe import (
@@ -32,7 +33,6 @@ from fourm.stitching.altmoe import (
 from fourm.stitching.encoders import latents, load
 from fourm.stitching.latents import Source
 from fourm.stitching.pairs import SampleLoader, Samples
-from fourm.stitching.report import write_stitching_report
 from fourm.training.optim import OptimConfig
 from fourm.training.trainer import TrainConfig
 from fourm.verbs import stitch_altmoe
@@ -335,7 +335,7 @@ def test_the_verb_compares_and_extends(tmp_path, capsys, monkeypatch):
     assert set(metrics["differences"]) == {"one", "mlp", "alternate, all sides"}
     assert metrics["protocol"][-1] != "." and "same by construction" in metrics["protocol"]
     first, *_ = metrics["tables"]
-    page = write_stitching_report(tmp_path / "run", tmp_path / "report.html").read_text()
+    page = write_results(tmp_path / "run", tmp_path / "report.html", "Alt-MoE").read_text()
     assert first[2][0][:2] == ["alternate", "rgb, small"] and "<td>alternate</td><td>rgb, small</td>" in page
     assert "6 test items" in metrics["protocol"] and metrics["latency"]["9"]["same_answers"] == 1
     assert set(metrics["loads"]) == {"alternate", "one", "extended", "alternate, all sides"}

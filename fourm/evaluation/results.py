@@ -1,4 +1,4 @@
-"""Figures as `metrics.json`, tables and pictures, and the page that shows what stitching came to."""
+"""What a comparison came to: figures as `metrics.json`, tables, pictures, and a page of several."""
 
 from __future__ import annotations
 
@@ -73,12 +73,13 @@ def drawing(path: Path, rows: int, columns: int, size: tuple[float, float], titl
     pyplot.close(figure)
 
 
-def write_stitching_report(folder: str | Path, output: str | Path) -> Path:
+def write_results(folder: str | Path, output: str | Path, title: str) -> Path:
     """Writes one page with the protocol, pictures and tables of every run below a folder.
 
     Args:
-        folder: Holds folders with `metrics.json` (`protocol`, `tables`) and pictures, as the verbs of stitching write.
+        folder: Holds folders with `metrics.json` (`protocol`, `tables`) and pictures, as `write_metrics` writes them.
         output: The page.
+        title: Its title.
 
     Raises:
         ValueError: There is no such run.
@@ -88,8 +89,8 @@ def write_stitching_report(folder: str | Path, output: str | Path) -> Path:
         metrics = read_json(path)
         if "protocol" in metrics:
             drawn = {png.stem: base64.b64encode(png.read_bytes()).decode() for png in sorted(path.parent.glob("*.png"))}
-            name = str(path.parent.relative_to(folder))
+            name = path.parent.name if path.parent == Path(folder) else str(path.parent.relative_to(folder))
             runs.append({"name": name, "pictures": drawn, "tables": [], **metrics})
     if not runs:
-        raise ValueError(f"{folder} holds no finished run of `fourm stitch`: no metrics.json with a protocol")
-    return write_page(output, "stitching.html", "fourm.stitching", title="Stitching", runs=runs)
+        raise ValueError(f"{folder} holds no finished run: no metrics.json with a protocol")
+    return write_page(output, "results.html", "fourm.evaluation", title=title, runs=runs)
