@@ -16,6 +16,7 @@ from fourm.modalities import Modality, TokenSpace
 from fourm.model.attention import Blocks  # noqa: F401
 from fourm.model.config import FourMConfig
 from fourm.model.fourm import FourM
+from fourm.model.lora import inject_lora
 from fourm.training import optim as optimisers
 from fourm.training import parallel
 from fourm.training.optim import OptimConfig
@@ -73,9 +74,12 @@ def train(folder, joined=None, **settings):
                 "ema": 0.9, "precision": "fp32", "spike_sigma": 0, "drop_path": 0.0} | settings  # fmt: skip
     shape = FourMConfig(size="nano", dim=32, heads=2, encoder_depth=2, decoder_depth=2, qk_norm=True,
                         drop_path=settings.pop("drop_path"), share_modality_embeddings=True)  # fmt: skip
+    decoupled = settings.pop("decoupled", [])
     config = TrainConfig(optim=optim, **settings)
     runtime.seed_everything(0, "init")
     model = FourM(shape, SPACE)
+    if decoupled:
+        inject_lora(model, 2, 1.0, "all", decoupled)
     mixture = [Component(input={"others": 1}, target={"depth": 1, "caption": 1}), Component(target={"depth": 1})]
     masker, samples = Masker(SPACE, MaskingConfig(10, 8, mixture)), Samples()
     loader = Loader(samples, config.loader_batch(world), masker, 0, config.workers, rank, world)
@@ -112,11 +116,13 @@ CASES = {
     "fsdp-muon": {"optimizer": "muon", "accumulate": 2},
     "fsdp-checkpointing": {"checkpointing": True, "accumulate": 2},
     "fsdp-from-one": {"workers": 1},
+    "fsdp-routed": {"decoupled": ["depth"], "checkpointing": True},
     "fsdp-bf16": {"precision": "bf16", "steps": 1, "optimizer": "muon"},
     "fsdp-compiled": {"compile": True, "steps": 1},
     "ddp": {"accumulate": 2},
     "ddp-muon": {"optimizer": "muon"},
     "ddp-from-two": {"workers": 1},
+    "ddp-routed": {"decoupled": ["depth"]},
 }
 
 

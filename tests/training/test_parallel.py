@@ -37,6 +37,7 @@ def alone(tmp_path_factory):
         patch.setenv("ACCELERATE_USE_FSDP", "false")
         for name in ("adamw", "muon"):
             several.train(folder / name, optimizer=name)
+        several.train(folder / "routed", decoupled=["depth"])
         yield folder
 
 
@@ -45,7 +46,8 @@ def two(tmp_path_factory, alone, accelerated):
     """Runs of two processes, which `accelerate launch` told to shard."""
     folder = tmp_path_factory.mktemp("two")
     start_from(folder / "fsdp-from-one", alone / "adamw")
-    cases = ["fsdp", "ddp", "ddp-muon", "fsdp-muon", "fsdp-checkpointing", "fsdp-from-one", "failing", *bf16]
+    cases = ["fsdp", "ddp", "ddp-muon", "fsdp-muon", "fsdp-checkpointing", "fsdp-from-one"]
+    cases += ["fsdp-routed", "ddp-routed", "failing", *bf16]
     said = accelerated(CONFIGS / "2cpu-fsdp2.yaml", SCRIPT, folder, *cases)
     assert said.count("2 processes on cpu") == len(cases)
     return folder
@@ -69,11 +71,20 @@ def assert_close(run: Path, reference: Path, step: int = 6, tolerance: float = 1
     assert {(step, name) for step in (4, 5, 6) for name in names[:3]} <= other.keys()
 
 
-@pytest.mark.parametrize("case", ["ddp", "fsdp", "ddp-muon", "fsdp-muon", "fsdp-checkpointing", "fsdp-from-one"])
+@pytest.mark.parametrize("case", ["ddp", "fsdp", "ddp-muon", "fsdp-muon", "fsdp-checkpointing", "fsdp-from-one",
+                                  "fsdp-routed", "ddp-routed"])  # fmt: skip
 def test_two_processes_equal_one(alone, two, case):
     """Weights, optimiser, averages, losses, gradient norms and held-out losses."""
-    muon = "muon" in case  # magnifies directions that a gradient hardly has
-    assert_close(two / case, alone / ("muon" if muon else "adamw"), tolerance=2e-3 if muon else 1e-4)
+    kind = next((name for name in ("muon", "routed") if name in case), "adamw")
+    tolerance = 2e-3 if kind == "muon" else 1e-4  # Muon magnifies directions that a gradient hardly has
+    assert_close(two / case, alone / kind, tolerance=tolerance)
+
+
+def test_routed_adapters_were_trained(alone):
+    """Both sets, by samples that have their modalities."""
+    tensors = checkpoint.load(alone / "routed" / "checkpoint-6").tensors["model"]
+    up = tensors["encoder.0.attn.proj.lora_up.weight"]
+    assert up.shape[1] == 4 and up.abs().amax(0).min() > 0
 
 
 def test_a_sharded_run_writes_what_safetensors_would(two):
@@ -125,11 +136,11 @@ def test_a_run_goes_on_with_other_processes_and_workers(alone, two, launch, tmp_
         assert_close(run, alone / "adamw")
 
 
-@pytest.mark.parametrize("drop_path", [0.0, 0.5])
-def test_checkpointed_blocks_compute_the_same(tmp_path, drop_path):
+@pytest.mark.parametrize(("drop_path", "decoupled"), [(0.0, []), (0.5, []), (0.0, ["depth"])])
+def test_checkpointed_blocks_compute_the_same(tmp_path, drop_path, decoupled):
     runs = [tmp_path / "kept", tmp_path / "again"]
     for folder, checkpointing in zip(runs, (False, True), strict=True):
-        several.train(folder, checkpointing=checkpointing, steps=2, drop_path=drop_path)
+        several.train(folder, checkpointing=checkpointing, steps=2, drop_path=drop_path, decoupled=decoupled)
     one, other = (load_file(run / "checkpoint-2" / "model.safetensors") for run in runs)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
