@@ -74,6 +74,7 @@ class Run:
     def __init__(self, folder: Path, train: TrainConfig, made: Mapping[str, str], kept: str = ""):
         self.folder, self.train, self.made, self.kept = folder, train, made, kept
         self.settings = {**made, "train": json.loads(json.dumps(dataclasses.asdict(train)))}
+        self.began = time.perf_counter()
 
     def finished(self) -> dict[str, Any] | None:
         """What it came to, if it was made before, with the same settings."""
@@ -83,22 +84,24 @@ class Run:
 
     def fit(self, task: Task, samples: Samples, watch: Watch) -> Best:
         """Trains a task, and leaves its model with the weights that it did best with."""
-        joined, began = runtime.accelerator(), time.perf_counter()
+        joined = runtime.accelerator()
         rank, processes, main = joined.process_index, joined.num_processes, joined.is_main_process
         loader = SampleLoader(samples, self.train.loader_batch(processes), self.train.seed, rank, processes)
-        if main and checkpoint.latest(self.folder) is None:  # then what was best is of another run
-            shutil.rmtree(self.folder / "best", ignore_errors=True)
+        if main:
+            (self.folder / "result.json").unlink(missing_ok=True)  # of another run, whose model is about to go
+            if checkpoint.latest(self.folder) is None:  # what was best is of another run, too
+                shutil.rmtree(self.folder / "best", ignore_errors=True)
         joined.wait_for_everyone()
         best = Best(watch, self.folder / "best", main)
         with contextlib.redirect_stdout(io.StringIO()):  # a comparison is a hundred of these
             Trainer(self.train, task, loader, {"val": best}, self.folder, fingerprints=self.made).fit()
         task.model.load_state_dict(task.model.state_dict() | best.weights)
-        self.seconds = round(time.perf_counter() - began, 2)
         return best
 
     def finish(self, result: Mapping[str, Any], model: Any) -> dict[str, Any]:
         """Writes down what it came to and the model that is kept, and removes what only the training needed."""
-        found, joined = {**result, "seconds": self.seconds, "settings": self.settings}, runtime.accelerator()
+        seconds, joined = round(time.perf_counter() - self.began, 2), runtime.accelerator()
+        found = {**result, "seconds": seconds, "settings": self.settings}
         joined.wait_for_everyone()
         if joined.is_main_process:
             if self.kept:

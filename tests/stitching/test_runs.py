@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 
 from fourm.model.connectors import Connector, ConnectorConfig
@@ -44,3 +45,11 @@ def test_a_run_keeps_its_best_and_is_made_once(tmp_path):
     assert Run(tmp_path, TRAIN, {"data": "others"}, "model").finished() is None
     assert Run(tmp_path, dataclasses.replace(TRAIN, steps=7), {"data": "these"}, "model").finished() is None
     assert Run(tmp_path, TRAIN, {"data": "these"}, "space").finished() is None
+
+    def broken(model):
+        raise OSError("full")
+
+    other = Run(tmp_path, TRAIN, {"data": "others"}, "model")
+    with pytest.raises(OSError, match="full"):
+        other.fit(Growing(), Samples({"a": torch.ones(3, 1)}, list("xyz")), broken)
+    assert Run(tmp_path, TRAIN, {"data": "these"}, "model").finished() is None  # its model may be the other's by now
