@@ -93,14 +93,14 @@ def load_samples(
                 most = limit if split == "train" else 0
                 stored = compute(source, data, split, latents, encoder, batch_size, limit=most)
                 samples = found.setdefault(split, Samples({}, stored.ids))
-                if stored.raw.ndim != 2 or stored.offsets:
-                    raise ValueError(
-                        f"{stored.folder} has {list(stored.raw.shape)} numbers, expected a vector a sample"
-                    )
+                shape, others = list(stored.raw.shape), sorted(set(stored.ids) ^ set(samples.ids))[:3]
+                if len(shape) != 2 or stored.offsets:
+                    raise ValueError(f"{stored.folder} has {shape} numbers, expected a vector a sample")
                 if stored.ids != samples.ids:
-                    other = sorted(set(stored.ids) ^ set(samples.ids))[:3] or "another order"
-                    raise ValueError(f"{stored.folder} has {len(stored)} samples and the first side {len(samples)}; only "
-                                     f"one of them has {other}")  # fmt: skip
+                    said = f"{stored.folder} has {len(stored)} samples and the first side {len(samples)}"
+                    raise ValueError(
+                        f"{said}; only one of them has {others}" if others else f"{said}, in another order"
+                    )
                 samples.sides[side] = stored.read()
     return found
 
