@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from fourm import runtime
 from fourm.composition import interference, search
 from fourm.composition.benchmark import accuracies, measure, read_questions
 from fourm.composition.merge import MergeConfig, compose, open_branch, uniform
 from fourm.data.loader import Loader
-from fourm.data.rewrite import write_durably
 from fourm.data.tokens import TokenDataset
+from fourm.evaluation.results import Table, write_metrics, write_results
 from fourm.masking.budgets import MaskingConfig
 from fourm.masking.masking import Masker
 from fourm.model.fourm import FourM
@@ -107,11 +109,14 @@ def run(config: Config) -> None:
     composed.save_pretrained(folder / "model")
     models = {"base": base, **branches, "composed": composed}
     metrics["parameters"] = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    tables = []
     if config.questions:
         questions = read_questions(config.questions)
-        metrics["accuracy"] = {name: accuracies(measure(model, questions)) for name, model in models.items()}
-        print(table(metrics["accuracy"]))
-    write_durably(folder / "metrics.json", json.dumps(metrics | {"environment": runtime.environment()}, indent=1))
+        each = tqdm(models.items(), "questions", unit="model")
+        metrics["accuracy"] = {name: accuracies(measure(model, questions)) for name, model in each}
+        tables.append(table(metrics["accuracy"]))
+    write_metrics(folder, metrics, tables)
+    write_results(folder, folder / "report.html", "Composition")
     print(f"weights: {', '.join(f'{name} {value:.2f}' for name, value in weights.items())}")
     print(f"{folder / 'model'}: {metrics['parameters']['composed'] / 1e6:.1f} M parameters; {folder / 'metrics.json'}")
 
@@ -126,11 +131,10 @@ def protocol(config: Config) -> str:
     return said
 
 
-def table(found: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
+def table(found: Mapping[str, dict[str, dict[str, dict[str, float]]]]) -> Table:
     """A row per kind and view, a column per model; empty where it lacks a modality."""
-    lines = [f"{'accuracy, %':<40}" + "".join(f"{name:>12}" for name in found)]
+    rows = []
     for kind, view in sorted({(each, view) for model in found.values() for each in model for view in model[each]}):
         cells = (model.get(kind, {}).get(view, {}).get("accuracy") for model in found.values())
-        numbers = "".join(f"{'' if cell is None else format(cell, '.1f'):>12}" for cell in cells)
-        lines.append(f"{f'{kind}: {view}':<40}{numbers}")
-    return "\n".join(lines)
+        rows.append([f"{kind}: {view}", *("" if cell is None else f"{cell:.1f}" for cell in cells)])
+    return Table("Rightly answered, %", ["", *found], rows)

@@ -12,9 +12,10 @@ import yaml
 from safetensors.torch import load_file
 
 from fourm import cli
-from fourm.composition.benchmark import accuracies, answer, measure, read_questions
+from fourm.composition.benchmark import accuracies, answer, measure, option_nats, read_questions
 from fourm.data.shards import write_shards
 from fourm.masking.budgets import Component, MaskingConfig
+from fourm.masking.transfer import transfer_batch
 from fourm.modalities import TokenSpace
 from fourm.model.config import FourMConfig
 from fourm.model.fourm import FourM
@@ -148,8 +149,9 @@ def test_a_dry_run_says_what_would_be(here, capsys):
 def test_composes_measures_and_trains_on(here, method, kind):
     given = {name: [1, 2, 3, 4] for name in ("depth", "heat")}
     options = [[1, 1, 1, 1], [2, 2, 2, 2]]
-    question = {"kind": "depth heat", "given": given, "target": "tok", "options": options, "answer": 0}
-    other = question | {"kind": "to depth", "given": {"tok": given["heat"]}, "target": "depth"}
+    question = {"kind": "depth heat", "given": given, "options": [{"tok": ids} for ids in options], "answer": 0}
+    other = {"kind": "to depth", "given": {"tok": given["heat"]}, "options": [{"depth": ids} for ids in options]}
+    other["answer"] = 1
     Path("questions.jsonl").write_text(f"{json.dumps(question)}\n{json.dumps(other)}\n" * 2)
     search = json.dumps({"data": "data/val", "masking": MIXED, "samples": 16, "step": 0.5})
     compose(kind, f"--method={method}", f"--search={search}", "--questions=questions.jsonl")
@@ -161,6 +163,8 @@ def test_composes_measures_and_trains_on(here, method, kind):
     assert "to depth" in found["accuracy"]["depth"] and "to depth" not in found["accuracy"]["base"]
     assert "encoder.0.attn.qkv.weight" in found["interference"] and "bootstrap over questions" in found["protocol"]
     assert all(Path("composed", name).stat().st_size > 5000 for name in ("weights.png", "interference.png"))
+    assert found["tables"][0][1] == ["", "base", "depth", "heat", "composed"]
+    assert "<td>depth heat: only heat</td>" in Path("composed/report.html").read_text()
     model = FourM.from_pretrained("composed/model")
     assert model.space.names == ["tok", "depth", "heat"] and (method == "naive") == (model.route is None)
     for steps in (2, 4):  # the second time it goes on
@@ -188,11 +192,13 @@ def test_errors(here, capsys):
     Path("bad.jsonl").write_text('{"kind": 3}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl, line 1: not a question: KeyError\('given'\)"):
         read_questions("bad.jsonl")
-    question = {"kind": "a", "given": {"tok": [1]}, "target": "tok", "options": [[1], [2]], "answer": 1}
+    options = [{"tok": [1]}, {"tok": [2]}]
+    question = {"kind": "a", "given": {"tok": [1]}, "options": options, "answer": 1}
     changes = {
         "answer is -1, of 2 options": {"answer": -1},
-        "3 options of tok with tok given, but line 1 of the same kind has 2": {"options": [[1], [2], [3]]},
-        "2 options of depth": {"target": "depth"},
+        "3 options of tok with tok given, but line 1 of the same kind has 2": {"options": [*options, options[0]]},
+        "2 options of depth": {"options": [{"depth": [1]}] * 2},
+        "options of different modalities: depth, tok or tok": {"options": [{"depth": [1], "tok": [1]}, {"tok": [1]}]},
         "2 options of tok with heat, tok given": {"given": {"heat": [1], "tok": [1]}},
     }
     for said, change in changes.items():
@@ -202,26 +208,55 @@ def test_errors(here, capsys):
 
 
 def test_the_likeliest_option_is_the_answer():
-    """A model that knows nothing but how likely an id is: its head scores one vector."""
+    """A model that knows nothing but how likely an id is: its heads score one vector."""
     torch.manual_seed(0)
-    space = TokenSpace.from_dict({"tok": GRID, "question": GRID | {"grid": [1, 1]}, "reply": GRID | {"grid": [1, 1]}})
+    cell = GRID | {"grid": [1, 1]}
+    space = TokenSpace.from_dict({"tok": GRID, "warmth": cell, "height": cell})
     model = FourM(FourMConfig(dim=8, heads=2, encoder_depth=1, decoder_depth=1), space).eval()
     rng = np.random.default_rng(0)
     questions = [
-        {"kind": "tok", "given": {"tok": rng.integers(0, 10, 4).tolist(), "question": [3]}, "target": "reply",
-         "options": rng.permutation(10)[:4, None].tolist(), "answer": int(rng.integers(4))}
+        {"kind": "tok", "given": {"tok": rng.integers(0, 10, 4).tolist()}, "answer": int(rng.integers(4)),
+         "options": [{"warmth": [a], "height": [b]} for a, b in rng.integers(0, 10, (4, 2)).tolist()]}
         for _ in range(20)
     ]  # fmt: skip
     with torch.no_grad():
         hidden = torch.randn(8)
         model.decoder_norm.weight.zero_()
         model.decoder_norm.bias.copy_(hidden)
-        scores = model.logits(hidden, "reply")
-    wanted = [max(range(4), key=lambda i: scores[each["options"][i][0]].item()) for each in questions]
+        scores = {name: model.logits(hidden, name).log_softmax(0) for name in ("warmth", "height")}
+    sums = [[sum(scores[n][ids[0]].item() for n, ids in option.items()) for option in each["options"]]
+            for each in questions]  # fmt: skip
+    wanted = [int(np.argmax(each)) for each in sums]
     assert answer(model, questions, batch_size=7).tolist() == wanted
     unknown = [each | {"kind": "two", "given": each["given"] | {"sound": [1]}} for each in questions]
     found = measure(model, [*questions, *unknown])
     assert set(found["two"]) == {"nothing", "only tok"} and set(found["tok"]) == {"all", "nothing"}
-    assert measure(model, questions, about="mood") and not measure(model, [unknown[0] | {"kind": "x"}], about="sound")
+    both = {"kind": "x", "given": {"warmth": [1], "height": [2]}, "options": [{"tok": [1] * 4}], "answer": 0}
+    assert set(measure(model, [both])["x"]) == {"all", "nothing", "only warmth", "only height"}
+    assert not measure(model, [unknown[0] | {"options": [{"sound": [1]}]}])
     right = np.mean([each["answer"] == choice for each, choice in zip(questions, wanted, strict=True)])
     assert accuracies(found)["tok"]["all"]["accuracy"] == pytest.approx(100 * right)
+
+
+def test_options_are_scored_as_in_a_pass_of_their_own():
+    """Grids, whose masked cells are decoded once, and texts, which are not."""
+    torch.manual_seed(0)
+    words = {"kind": "text", "vocab_size": 30, "max_tokens": 6, "first_sentinel": 4, "sentinels": 8}
+    space = TokenSpace.from_dict({"tok": GRID, "depth": GRID, "words": words})
+    model = FourM(FourMConfig(dim=16, heads=2, encoder_depth=1, decoder_depth=2), space).eval()
+    rng = np.random.default_rng(0)
+    draws = {"tok": lambda: rng.integers(0, 10, 4), "depth": lambda: rng.integers(0, 10, 4),
+             "words": lambda: rng.integers(12, 30, rng.integers(2, 5))}  # fmt: skip
+    for asked in (["depth"], ["words"], ["depth", "words"]):
+        questions = [
+            {"given": {"tok": draws["tok"]().tolist()},
+             "options": [{name: draws[name]().tolist() for name in asked} for _ in range(3)]} for _ in range(5)
+        ]  # fmt: skip
+        found = option_nats(model, questions, batch_size=2)
+        for question, row in zip(questions, found, strict=True):
+            for option, nats in zip(question["options"], row, strict=True):
+                sample = {name: np.array(ids) for name, ids in (question["given"] | option).items()}
+                batch = transfer_batch(space, [sample], ["tok"], asked)
+                with torch.no_grad():
+                    wanted = model.token_nll(batch, model(batch)).sum()
+                assert nats == pytest.approx(wanted.item(), rel=1e-5)
