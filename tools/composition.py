@@ -498,9 +498,10 @@ def draw_accuracy(summary: Mapping[str, Any], path: Path) -> None:
                     axis.errorbar(figure["mean"], place, xerr=[[end], [end]], fmt="o", color="#2463a8", capsize=3)
             if figure := summary["best branch"].get(column):
                 axis.axvline(figure["mean"], ls=":", color="#b4472b", label="best branch")
-                axis.legend(fontsize=7)
+                axis.legend(fontsize=7, loc="lower left")
             axis.axvline(float(chance(column)), color="0.85")
             axis.set_yticks(range(len(models)), reversed(models) if axis is axes[0, 0] else [""] * len(models))
+            axis.set(xlim=(0, 102), ylim=(-0.6, len(models) - 0.4))
             axis.set_title(f"{column}, % (grey: {chance(column)} by chance)", fontsize=8)
 
 
