@@ -54,6 +54,7 @@ def option_nats(model: FourM, questions: Sequence[Question], batch_size: int = 2
     """(Q, options) how unlikely the model finds each option; questions of one kind, with the same modalities."""
     space, device, found = model.space, next(model.parameters()).device, []
     targets = list(questions[0]["options"][0])
+    masked = all(space[name].grid for name in targets)  # then the decoder sees no ids, so it is the same for all options
     for start in range(0, len(questions), batch_size):
         chunk = questions[start : start + batch_size]
         given = [{name: np.array(ids) for name, ids in each["given"].items()} for each in chunk]
@@ -62,9 +63,7 @@ def option_nats(model: FourM, questions: Sequence[Question], batch_size: int = 2
         for number in range(len(chunk[0]["options"])):
             options = [{name: np.array(ids) for name, ids in each["options"][number].items()} for each in chunk]
             asked = transfer_batch(space, options, [], targets).to(device)
-            if decoded is None or not all(
-                space[name].grid for name in targets
-            ):  # masked cells are alike in all options
+            if decoded is None or not masked:
                 decoded = model.decode(asked, context)
             nats.append(model.token_nll(asked, decoded).sum(1))
         found.append(torch.stack(nats, 1).cpu().numpy())
