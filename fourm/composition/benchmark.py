@@ -54,7 +54,7 @@ def option_nats(model: FourM, questions: Sequence[Question], batch_size: int = 2
     """(Q, options) how unlikely the model finds each option; questions of one kind, with the same modalities."""
     space, device, found = model.space, next(model.parameters()).device, []
     targets = list(questions[0]["options"][0])
-    masked = all(space[name].grid for name in targets)  # then the decoder sees no ids, so it is the same for all options
+    masked = all(space[name].grid for name in targets)  # then all options decode alike
     for start in range(0, len(questions), batch_size):
         chunk = questions[start : start + batch_size]
         given = [{name: np.array(ids) for name, ids in each["given"].items()} for each in chunk]
